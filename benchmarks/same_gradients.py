@@ -46,7 +46,7 @@ def _gradients(model: Any) -> dict[str, Any]:
 
 
 def _ours(own: ours.Ours) -> dict[str, Any]:
-    sections = {"advantage": {"scope": "none"}, "train": {"max_grad_norm": 1e9}}
+    sections: dict[str, dict[str, Any]] = {"advantage": {"scope": "none"}, "train": {"max_grad_norm": 1e9}}
     script, found = ours.Script(own.shape), {}
     with ours.assembled(dataclasses.replace(own, settings=sections), script) as parts:
         trainer = parts.trainer

@@ -53,7 +53,9 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _ratios(shares: Mapping[str, Any]) -> str:
-    rows = [(f"**{name} / TRL GRPO**", *(span(s["ratios"][n]) for s in shares.values())) for n, name in NAMES.items()]
+    rows: list[tuple[Any, ...]] = [
+        (f"**{name} / TRL GRPO**", *(span(s["ratios"][n]) for s in shares.values())) for n, name in NAMES.items()
+    ]
     rows += [(f"{name}, in processor seconds", *(span(s["cpu_ratios"][n]) for s in shares.values())) for n, name in NAMES.items()]
     rows.append(("tokens computed / needed, GRPO", *(_waste(s["medians"]["grpo"]) for s in shares.values())))
     rows.append(("tokens computed / needed, ZPPO", *(_waste(s["medians"]["zppo"]) for s in shares.values())))

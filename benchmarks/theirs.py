@@ -101,7 +101,7 @@ class Peer:
 
         torch.set_num_threads(own.threads)
         self.own, self.trivial, self.watch = own, 0.5, Stopwatch()
-        self.tokenizer = AutoTokenizer.from_pretrained(own.model)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(own.model)
         self.sampled = 0
         prompts = [[{"role": "user", "content": user_turn(row["prompt"])}] for row in own.questions]
         self.trainer: Any = GRPOTrainer(
@@ -112,11 +112,11 @@ class Peer:
             processing_class=self.tokenizer,
         )
         if own.shape.lognormal is not None:
-            model = self.trainer.model
+            model: Any = self.trainer.model
             model.generate = functools.partial(model.generate, logits_processor=[GivenLengths(own.shape)])
         self._wrap()
 
-    def reward(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def reward(self, completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         """Rewards by place in the batch."""
         size = self.own.shape.group
         self.sampled = sum(map(len, completion_ids))

@@ -93,7 +93,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def signals() -> Iterator[None]:
     """What signals do in a program that was started in a terminal: jobs in the background are started with some of them ignored."""
-    usual = {
+    usual: dict[int, Any] = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
         signal.SIGHUP: signal.SIG_DFL,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def write_shard(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema, g
     pq.write_table(pa.Table.from_pylist(list(rows), schema), path, row_group_size=group)
 
 
-def write_vero(folder: Path, rows: dict[str, Sequence[dict[str, Any]]], schema: pa.Schema = VERO_SCHEMA) -> Path:
+def write_vero(folder: Path, rows: Mapping[str, Sequence[dict[str, Any]]], schema: pa.Schema = VERO_SCHEMA) -> Path:
     """A copy of Vero: configuration -> its rows; a val split is beside each."""
     for config, of in rows.items():
         write_shard(folder / config / "train-00000-of-00001.parquet", of, schema)

@@ -66,7 +66,7 @@ def aime(case: Case) -> float:
     from inspect_evals.utils.aime_common import aime_scorer
 
     output = ModelOutput.from_content("none", f"So it is\n\\boxed{{{case['answer']}}}")
-    state = TaskState(model="none/none", sample_id=1, epoch=1, input="", messages=[], output=output)
+    state = TaskState(model="none/none", sample_id=1, epoch=1, input="", messages=[], output=output)  # type: ignore[arg-type]
     verdict = asyncio.run(aime_scorer()(state, Target(case["gold"])))
     return float(verdict.value == "C")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -102,11 +102,11 @@ def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 def _model(kind: str, tokenizer: PreTrainedTokenizerFast, more: dict[str, Any]) -> PreTrainedModel:
     def token(name: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(name))
+        return int(cast(int, tokenizer.convert_tokens_to_ids(name)))
 
     size = {**TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     vision: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 4}
-    ids = {name: token(text) for name, text in _QWEN_IDS.items()} if kind.startswith("qwen") else {}
+    ids: dict[str, Any] = {name: token(text) for name, text in _QWEN_IDS.items()} if kind.startswith("qwen") else {}
     if kind == "qwen3_5":
         linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
@@ -121,7 +121,7 @@ def _model(kind: str, tokenizer: PreTrainedTokenizerFast, more: dict[str, Any]) 
     if kind == "qwen2_5_vl":
         size |= {"rope_parameters": rope, **more}
         vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}
-        config = Qwen2_5_VLConfig(text_config=size, vision_config=vision, tie_word_embeddings=False, **ids)
+        config: Any = Qwen2_5_VLConfig(text_config=size, vision_config=vision, tie_word_embeddings=False, **ids)
         return Qwen2_5_VLForConditionalGeneration(config)
     vision |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "smolvlm":
@@ -132,7 +132,7 @@ def _model(kind: str, tokenizer: PreTrainedTokenizerFast, more: dict[str, Any]) 
             scale_factor=2,
             image_token_id=token("<image>"),
             tie_word_embeddings=False,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,  # type: ignore[call-arg]
         )
         return SmolVLMForConditionalGeneration(config)
     text = {**size, "head_dim": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], **more}

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from conftest import make_tiny
-from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
 from zppo.serve.batcher import Batcher
@@ -32,7 +32,7 @@ class Counting:
     """Passes on to a real engine and notes each batch."""
 
     def __init__(self, engine: TransformersEngine) -> None:
-        self.engine, self.batches, self.steps = engine, [], 0
+        self.engine, self.steps = engine, 0
         self.batches: list[tuple[int, Sampling]] = []
         engine.model.register_forward_pre_hook(lambda *_: self.step())
 
@@ -63,12 +63,12 @@ class Gate:
         return [[one] * len(request.keys) for request in requests]
 
 
-def service(engine: Engine, chat: Chat, *, max_rows: int = 64, max_queue: int = 100, **fields: Any) -> ChatServer:
+def service(engine: Any, chat: Chat, *, max_rows: int = 64, max_queue: int = 100, **fields: Any) -> ChatServer:
     batcher = Batcher(engine, max_rows=max_rows, max_queue=max_queue)
     if isinstance(own_engine := getattr(engine, "engine", engine), TransformersEngine):
         own_engine.watch = batcher.watch
     pictures = RequestImages(Path("unused"), 16, "" if chat.image_processor else "this model reads text only")
-    own = {"model": "tiny", "words": LockedChat(chat), "batcher": batcher, "pictures": pictures, "context": CONTEXT}
+    own: dict[str, Any] = {"model": "tiny", "words": LockedChat(chat), "batcher": batcher, "pictures": pictures, "context": CONTEXT}
     return ChatServer(**own | fields)
 
 
@@ -119,7 +119,7 @@ def listening(path: Path, key: str, **fields: Any) -> Iterator[str]:
 
 
 @contextmanager
-def connected(engine: Engine, chat: Chat, **fields: Any) -> Iterator[TestClient]:
+def connected(engine: Any, chat: Chat, **fields: Any) -> Iterator[TestClient]:
     """A client of a server that ends with the block."""
     served = service(engine, chat, **fields)
     with connect(served) as client:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import torch
@@ -71,7 +71,7 @@ class Gathered:
     def hook(self) -> None:
         """For the rest of the process."""
 
-        def after(name: str, work: Callable[[FSDPParam], None]) -> None:
+        def after(name: str, work: Callable[[FSDPParam], object]) -> None:
             inner = getattr(FSDPParam, name)
 
             def hooked(param: FSDPParam, *args: Any) -> None:
@@ -92,7 +92,7 @@ class Gathered:
                 del self.live[0]
             return found
 
-        DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
+        DTensor.full_tensor = full_tensor  # type: ignore[method-assign, assignment]
 
 
 def make_learner(model: PreTrainedModel, weights: ReplicatedWeights, precision: str = "no") -> PolicyGradient:
@@ -201,7 +201,7 @@ class Shard:
 
     def held(self) -> dict[str, torch.Tensor]:
         """This process's part of the weights, and all that is no weight."""
-        own = {name: p.to_local() for name, p in self.model.named_parameters(remove_duplicate=False)}  # type: ignore[operator]
+        own = {name: p.to_local() for name, p in self.model.named_parameters(remove_duplicate=False)}  # type: ignore[attr-defined]
         return {**own, **dict(self.model.named_buffers())}
 
     def write(self, folder: Path) -> None:
@@ -255,7 +255,7 @@ def trained_within_two(count: Gathered, processes: Processes, path: Path, record
     assert shard.weights.kind == "weights sharded over each 2 of them (FSDP2)"
     prompt = Prompt("plain", Question("q", (), ""), (), (5, 6, 7, 8))
     check = EngineCheck(
-        Copy(load(str(path)), shard), ForwardPass(shard.model), prompt, tolerance=1e-4, every=1, seed=0, weights=shard.weights
+        cast(Any, Copy(load(str(path)), shard)), ForwardPass(shard.model), prompt, tolerance=1e-4, every=1, seed=0, weights=shard.weights
     )
     metrics = []
     with count.counted():

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -52,7 +52,7 @@ def test_train_is_a_room_and_a_function_at_once() -> None:
 
     room: Any = zppo.train
     assert inspect.signature(room) == inspect.signature(train) and room.__doc__ == train.__doc__
-    shown = pydoc.render_doc(room, renderer=pydoc.plaintext)
+    shown = pydoc.render_doc(room, renderer=cast(Any, pydoc).plaintext)
     assert f"train{inspect.signature(train)}" in shown and "two underscores: `train__steps=100`" in shown
     assert room.provenance.origin_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -140,7 +140,9 @@ class Weights(torch.nn.Linear):
 def test_the_checkpoint_from_before_a_fall_outlives_newer_ones_until_there_is_a_better_one(tmp_path: Path, background: bool) -> None:
     model = Weights(1, 1)
     settings = TrainSettings(keep_checkpoints=2, checkpoint_in_background=background)
-    write = Checkpointer(settings, tmp_path, Student(model, None), torch.optim.AdamW(model.parameters()), {}, ReplicatedWeights())
+    write = Checkpointer(
+        settings, tmp_path, Student(cast(Any, model), None), torch.optim.AdamW(model.parameters()), {}, ReplicatedWeights()
+    )
 
     def names() -> list[str]:
         write.wait()

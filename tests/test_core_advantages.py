@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def test_plain_lists_are_vectors_too() -> None:
     for compute in (two_step_advantages, group_advantages):
         assert compute(rewards, groups).tolist() == compute(*same).tolist()
         assert compute(rewards, groups, graded=graded).tolist() == compute(*same, graded=torch.tensor(graded)).tolist()
-        assert compute(torch.tensor(rewards).numpy(), tuple(groups)).tolist() == compute(*same).tolist()
+        assert compute(cast(Any, torch.tensor(rewards).numpy()), tuple(groups)).tolist() == compute(*same).tolist()
         with pytest.raises(TypeError, match="groups must be a vector of numbers"):
             compute(rewards, ["a"] * 6)  # type: ignore[list-item]
         with pytest.raises(TypeError, match="rewards must be a vector of numbers"):

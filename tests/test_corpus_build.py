@@ -91,7 +91,7 @@ def test_a_build_killed_at_every_place(
         status = victims.run(*command(out, vero, mmfr, f"--mapping={mapping}"), run=out, at=at, nth=nth)
         assert status == -signal.SIGKILL, f"{name}: {victims.said}"
         assert not (out / "manifest.json").exists()
-    last = {"at": "zppo.data.corpora.draw_state:DrawState.remove"}  # by now it is done, and only the state is left
+    last: dict[str, Any] = {"at": "zppo.data.corpora.draw_state:DrawState.remove"}  # by now it is done, and only the state is left
     assert victims.run(*command(out, vero, mmfr, f"--mapping={mapping}"), run=out, **last) == -signal.SIGKILL
     assert set(files_of(out)) > set(uninterrupted)
     assert victims.run(*command(out, vero, mmfr, f"--mapping={mapping}"), run=out) == 0, victims.said

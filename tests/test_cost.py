@@ -169,7 +169,7 @@ def test_savings_save_and_the_assumptions_only_lower(hard: float, solved: float,
     ("values", "said"),
     [({"hard": 1.5}, "share hard is 1.5"), ({"live": -0.1}, "share live"), ({"completion": 0}, "mean length completion is 0")],
 )
-def test_assumptions_that_make_no_sense(values: dict[str, float], said: str) -> None:
+def test_assumptions_that_make_no_sense(values: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         Assumptions(**values)
 

@@ -47,7 +47,7 @@ def lines(folder: Path, *rows: Any) -> Path:
     return path
 
 
-def said(folder: Path, *rows: Any, **columns: str) -> str:
+def said(folder: Path, *rows: Any, **columns: Any) -> str:
     with pytest.raises(DataError) as caught:
         load(lines(folder, *rows), **columns)
     return str(caught.value)
@@ -219,7 +219,7 @@ def test_images_in_messages_of_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_addresses_on_the_hub_are_read_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream of a folder of images gives addresses alone."""
-    rows = {"prompt": ["p"], "answer": ["1"], "images": [{"bytes": None, "path": "hf://datasets/owner/name/a.png"}]}
+    rows: dict[str, list[Any]] = {"prompt": ["p"], "answer": ["1"], "images": [{"bytes": None, "path": "hf://datasets/owner/name/a.png"}]}
     made = datasets.IterableDataset.from_generator(lambda: iter([{k: v[0] for k, v in rows.items()}]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
     asked = []
@@ -253,7 +253,7 @@ def test_verl(tmp_path: Path) -> None:
         "extra_info": {"index": 7, "split": "train"},
     }
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "q.parquet")
-    names = {"messages": "prompt", "answer": "reward_model.ground_truth", "id": "extra_info.index"}
+    names: dict[str, Any] = {"messages": "prompt", "answer": "reward_model.ground_truth", "id": "extra_info.index"}
     [question] = load(tmp_path / "q.parquet", **names)
     assert (question.id, question.gold, colours(question)) == ("7", "3", [RED])
     assert [t.parts for t in message_parts(question.messages, question.images)] == [(question.images[0], "How many?")]

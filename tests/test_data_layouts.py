@@ -89,7 +89,7 @@ def refused(folder: Path, rows: object, name: str = "q.jsonl", **more: Any) -> s
     ],
 )
 @pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.parquet"])
-def test_chats_and_answers(tmp_path: Path, row: dict[str, Any], columns: dict[str, str], name: str) -> None:
+def test_chats_and_answers(tmp_path: Path, row: dict[str, Any], columns: dict[str, Any], name: str) -> None:
     mixed = any(
         isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in row.get("messages", ())
     )  # no column of parquet can hold both

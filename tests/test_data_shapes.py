@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from zppo.config.data_settings import ColumnSettings
-from zppo.core.types import Message, Question
+from zppo.core.types import Gold, Message, Question
 from zppo.data import local_files
 from zppo.data.load import load_questions
 from zppo.errors import DataError
@@ -29,7 +29,7 @@ def load(path: Path, **columns: str) -> list[Question]:
     return load_questions(str(path), ColumnSettings(**columns))
 
 
-def asked(questions: list[Question]) -> list[tuple[str, str]]:
+def asked(questions: list[Question]) -> list[tuple[str, Gold]]:
     return [(q.messages[-1].content, q.gold) for q in questions]
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import datasets.load
@@ -120,7 +120,11 @@ def test_nested_columns_and_answers_in_other_shapes(tmp_path: Path) -> None:
     expected = [Question("7", (Message("user", "1+1?"),), "2")]
     for answer in ("reward_model.ground_truth", "reward_model"):
         assert load(path, ColumnSettings(messages="prompt", answer=answer, id="extra.index")) == expected
-    rows = [{"prompt": "a", "answer": ["x"]}, {"prompt": "b", "answer": {"ground_truth": ["4"]}}, {"prompt": "c", "answer": 5}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "answer": ["x"]},
+        {"prompt": "b", "answer": {"ground_truth": ["4"]}},
+        {"prompt": "c", "answer": 5},
+    ]
     assert [q.gold for q in load(lines(path, rows))] == ["x", "4", "5"]
     assert [q.gold for q in load(lines(path, [{"prompt": "a", "my.gold": "1"}]), ColumnSettings(answer="my.gold"))] == ["1"]
     assert "column 'answer.b': missing" in message(lines(path, [{"prompt": "a", "answer": {"c": 1}}]), ColumnSettings(answer="answer.b"))
@@ -318,9 +322,9 @@ def _no_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _wrong(kind: str, question: Question) -> str:
     if kind == "truth":
-        return {"True": "False", "False": "True", "Yes": "No", "No": "Yes"}[question.gold]
+        return {"True": "False", "False": "True", "Yes": "No", "No": "Yes"}[cast(str, question.gold)]
     if kind == "word" and not question.gold.lstrip("-").isdigit():
-        return question.gold[::-1] + "x"
+        return cast(str, question.gold)[::-1] + "x"
     return f"{question.gold} + 1"
 
 

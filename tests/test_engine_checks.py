@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from zppo.core.draws import draw_key
 from zppo.core.types import Group, Prompt, Question, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
-from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.logprobs import ForwardPass
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
@@ -57,7 +57,7 @@ def model(tiny_qwen3_dir: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32).eval()
 
 
-def guard(engine: Engine, model: PreTrainedModel, tolerance: float = 1e-3, every: int = 1, **more: Any) -> EngineCheck:
+def guard(engine: Any, model: PreTrainedModel, tolerance: float = 1e-3, every: int = 1, **more: Any) -> EngineCheck:
     options = {name: more.pop(name) for name in ("weights", "rounded", "exact") if name in more}
     prompt = Prompt("plain", Question("q", (), ""), (), PROMPT)
     forward = ForwardPass(model, **more)
@@ -194,7 +194,7 @@ def test_an_engine_over_the_trainer_s_module_is_looked_at_in_passing_and_a_wrong
         asked.append((len(requests), max(len(r.prompt_ids) for r in requests), how.max_new_tokens))
         return sample(requests, how)
 
-    ours.sample = noted  # type: ignore[method-assign]
+    ours.sample = noted  # type: ignore[method-assign, assignment]
     check = guard(ours, model)
     whole = len(check.prompt.ids)
     assert all(line["engine_gap_max"] < 1e-5 for line in steps(check, model, 1e-4, 3))
@@ -203,7 +203,7 @@ def test_an_engine_over_the_trainer_s_module_is_looked_at_in_passing_and_a_wrong
     wrapped = SimpleNamespace(sample=noted, sync=ours.sync, shares_weights=True)  # whose module is not seen
     assert all(line["engine_gap_max"] < 1e-5 for line in steps(guard(wrapped, model), model, 1e-4, 1))
     assert asked == [(1, whole, 8)] + [(4, whole, 1)] * (1 + 1 + 1)
-    for stale in (copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)):
+    for stale in (copy.deepcopy(model), cast(Any, copy.deepcopy(model)).to(torch.bfloat16)):
         wrong = TransformersEngine(stale, [2], 0)
         with pytest.raises(EngineError, match="does not hold the trainer's weights"):
             steps(guard(wrong, model, tolerance=0.05), model, 1e-4, 1)
@@ -328,7 +328,7 @@ def test_a_look_that_one_process_repeats_all_repeat(model: PreTrainedModel) -> N
 
 
 def test_the_recipe_s_tolerance_and_its_defaults(model: PreTrainedModel, recipe: Path) -> None:
-    def made(engine: Engine, precision: str, *overrides: str) -> EngineCheck:
+    def made(engine: Any, precision: str, *overrides: str) -> EngineCheck:
         settings = load_recipe(recipe, overrides)
         forward = make_forward(settings, model, load_chat(settings.student))
         prompt = Prompt("plain", Question("q", (), ""), (), PROMPT)

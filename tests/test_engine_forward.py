@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,12 +26,23 @@ ROWS = [
 
 def tiny(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    size = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    size: dict[str, Any] = {
+        "vocab_size": 24,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     model: PreTrainedModel
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**size, num_hidden_layers=2, head_dim=8))
     else:
-        linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
+        linear: dict[str, Any] = {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2,
+        }
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**size, **linear, num_hidden_layers=4, head_dim=16))
     for weight in model.parameters():
         if weight.ndim >= 2:
@@ -124,7 +137,7 @@ def test_what_stands_behind_a_row_does_not_matter() -> None:
 
 
 def test_half_precision_logits_are_scored_in_float32() -> None:
-    model = tiny("qwen3").to(torch.bfloat16)
+    model = cast(Any, tiny("qwen3")).to(torch.bfloat16)
     logprobs, mask = completion_logprobs(model, ROWS)
     assert logprobs.dtype == torch.float32
     logprobs.sum().backward()

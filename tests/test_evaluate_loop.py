@@ -319,7 +319,9 @@ def test_a_server_whose_prompts_open_a_think_block_is_noticed(data: Path, tmp_pa
 @pytest.mark.slow
 def test_a_stray_tag_is_no_open_think_block(data: Path, tmp_path: Path) -> None:
     """One of ten replies closes a block that it did not open; replies with thoughts apart, or a whole block, are none of these."""
-    odd = iter(["so </think> \\boxed{A}", {"content": "\\boxed{A}", "reasoning_content": "hm"}, "<think>hm</think> \\boxed{A}"])
+    odd: Iterator[Any] = iter(
+        ["so </think> \\boxed{A}", {"content": "\\boxed{A}", "reasoning_content": "hm"}, "<think>hm</think> \\boxed{A}"]
+    )
     with scripted(lambda body: next(odd, r"\boxed{A}"), "m") as model, scripted(fair, "j") as judge:
         assert cli.main(command(model.url, judge, data, tmp_path, "CharXiv", "--concurrency", "1")) == 0
         assert len(model.requests) == 10

@@ -37,7 +37,7 @@ kind: choice
 title: Shapes and colours
 columns: {prompt: question, options: choices, images: picture, level: topic}
 """
-SHAPES = [
+SHAPES: list[dict[str, Any]] = [
     {"question": "Which colour?", "choices": ["red", "green"], "answer": "A", "picture": "red.png", "topic": "colour"},
     {"question": "See <image>: which?", "choices": {"text": ["green", "red"], "label": ["1", "2"]}, "answer": "2", "picture": "red.png"},
     {"question": "Which letter is first?", "choices": ["A. b", "B. a"], "answer": "a", "topic": "letters"},
@@ -225,7 +225,7 @@ NUMBER = 3
 
 def test_an_adapter_in_python_is_used_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "adapter.py").write_text(ADAPTER)
-    rows = [{"n": 1, "text": "What is 1?", "right": "1"}, {"text": "skip"}]
+    rows: list[dict[str, Any]] = [{"n": 1, "text": "What is 1?", "right": "1"}, {"text": "skip"}]
     path = bench(tmp_path, "source: rows.jsonl\nadapter: adapter.py:adapt\n", rows)
     with scripted(lambda body: r"\boxed{1}", "m") as model, scripted(lambda body: "no", "j") as judge:
         assert evaluate(model, judge, str(path), tmp_path / "out") == 0

@@ -129,7 +129,7 @@ def test_rows_left_out_are_neither_wrong_nor_open() -> None:
 
 
 def test_a_familys_mean_and_error_are_over_benchmarks_with_a_figure() -> None:
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"name": "A", "family": "vlm", "value": 0.2, "by_box": 0.1, "error": 0.03},
         {"name": "B", "family": "vlm", "value": 0.4, "by_box": 0.3, "error": 0.04},
         {"name": "C", "family": "vlm", "value": None, "by_box": None, "error": None},

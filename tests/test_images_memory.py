@@ -31,7 +31,7 @@ def settings(folder: Path, *overrides: str) -> Settings:
 
 def kept_per_patch(shape: VisionTowerShape, *, bf16: bool) -> float:
     """Bytes that autograd keeps of a real tower, weights aside."""
-    config = Qwen3_5Config(
+    config: Any = Qwen3_5Config(
         vision_config={
             "hidden_size": shape.hidden,
             "intermediate_size": shape.mlp,

@@ -487,7 +487,7 @@ def test_the_scorer_is_made_by_the_recipe(by_rule: Any) -> None:
         scorer = make_scorer(make_settings(**sections), by_rule, questions, chat, teachers, load)
         return grade(scorer, [answered("x " * 50 + "Seine")])[0]
 
-    two = {"teacher": {"model": "t", "judge": {"response_tokens": 3}}}
+    two: dict[str, Any] = {"teacher": {"model": "t", "judge": {"response_tokens": 3}}}
     assert made([ask(grading=RULE)], **two).reason == "no answer" and loaded == []
     assert made([ask()], [teacher], **two).correct and loaded == []
     assert shown(teacher.requests[-1].messages[0].content).strip() != "" and "x x" not in teacher.requests[-1].messages[0].content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from random import Random
+from typing import Any, cast
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_equal_builds_give_equal_files_and_another_seed_other_weights(tmp_path: 
 def test_the_unlikeliest_entries_are_chosen(tmp_path: Path) -> None:
     world = load_world(small_world(tmp_path))
     chat = Chat(make_tokenizer(world))
-    asked = Probe(make_model(world, chat.tokenizer, 0), chat.tokenizer, lab_book(chat))
+    asked = Probe(make_model(world, cast(Any, chat.tokenizer), 0), cast(Any, chat.tokenizer), lab_book(chat))
     chances = asked.truth(world, "hard", world.entries("hard"))
     assert len(chances) == 31 and all(len(c) == 3 * 6 for c in chances.values())
     chosen, hidden = choose(world, asked)
@@ -80,8 +81,8 @@ def test_chance_of_the_truth_is_the_models_own() -> None:
     """Against a plain reading of the model's probabilities: prompt, think tag, right values before the step."""
     world = load_world("unreachable")
     chat = Chat(make_tokenizer(world))
-    model = make_model(world, chat.tokenizer, 0)
-    asked = Probe(model, chat.tokenizer, lab_book(chat))
+    model = make_model(world, cast(Any, chat.tokenizer), 0)
+    asked = Probe(model, cast(Any, chat.tokenizer), lab_book(chat))
     entry = world.entries("hard")[40]
     chances = asked.truth(world, "hard", [entry])[entry]
     plain = []
@@ -110,7 +111,7 @@ def test_batches_hold_every_row_once_within_the_limit(lengths: list[int], limit:
 def test_loss_of_a_batch_is_the_sum_over_its_documents_completions() -> None:
     world = load_world("unreachable")
     chat = Chat(make_tokenizer(world))
-    model = make_model(world, chat.tokenizer, 0)
+    model = make_model(world, cast(Any, chat.tokenizer), 0)
     documents = sorted(tokenized(ChainStudentCorpus(world, lab_book(chat)), chat, 0, 0, 6), key=lambda r: -len(r.ids))
     alone = torch.zeros(())
     for row in documents:
@@ -125,7 +126,7 @@ def test_pretraining_lowers_the_loss() -> None:
     chat = Chat(make_tokenizer(world))
     losses: list[float] = []
     how = Pretraining(steps=25, batch=8, learning_rate=3e-3)
-    model = make_model(world, chat.tokenizer, 0)
+    model = make_model(world, cast(Any, chat.tokenizer), 0)
     pretrain(model, ChainStudentCorpus(world, lab_book(chat)), chat, how, 0, lambda step, loss: losses.append(loss))
     assert len(losses) == 25 and losses[-1] < losses[0] - 1
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -158,7 +159,7 @@ def test_pretraining_sees_the_prompts_of_training_token_for_token(name: str, rec
             Candidate(summary or "", source.answer, source.index)
             for source, summary in zip(sources, compressor.compress(sources, 0, StepLog(1)), strict=True)
         )
-        answers = distinct_answers(((s.answer, normalise(s.answer or "")) for s in sources), normalise(question.gold))
+        answers = distinct_answers(((s.answer, normalise(s.answer or "")) for s in sources), normalise(cast(str, question.gold)))
         pair = (candidates[0], candidates[-1])
         material = Material(question, pair, candidates, answers)
         bcq = BinaryCandidateQuestion().draft(material, Random(0))
@@ -173,7 +174,7 @@ def test_pretraining_sees_the_prompts_of_training_token_for_token(name: str, rec
 class _Copier:
     """A teacher that compresses as the lab's teacher is taught to: it reads the response block and writes its words without think tags."""
 
-    def complete(self, requests: list[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
         replies = []
         for request in requests:
             inside = re.search(r"<response>(.*)</response>", request.messages[-1].content, re.DOTALL)

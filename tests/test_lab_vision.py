@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from random import Random
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +27,7 @@ from zppo.images.processor import ImageProcessor
 from zppo.lab.corpus import PictureStudentCorpus, PictureTeacherCorpus
 from zppo.lab.make_models import build_command, candidate_prompts
 from zppo.lab.models import grids, lab_book, make_model, make_processor, make_tokenizer, patches
-from zppo.lab.picture_world import KINDS, PALETTE, WORLDS, cell_words, draw_chart, draw_scene, load_picture_world, pixels
+from zppo.lab.picture_world import KINDS, PALETTE, WORLDS, Picture, cell_words, draw_chart, draw_scene, load_picture_world, pixels
 from zppo.lab.pretrain import LIMITS, TokenizedDocument, loss_sum, pretrain_vision, probe_of, tokenized, with_picture, word_logits
 from zppo.lab.questions import ASSETS, bundled_model, picture_questions
 from zppo.prompts import Neutraliser, PromptBook
@@ -37,7 +38,7 @@ CHAT = Chat(make_tokenizer(WORLD))
 BOOK = lab_book(CHAT)
 STUDENT, TEACHER = PictureStudentCorpus(WORLD, BOOK), PictureTeacherCorpus(WORLD, BOOK)
 RECIPE = Path(__file__).parents[1] / "recipes" / "lab-vision.yaml"
-PICTURES = [draw_scene(Random(1)), draw_chart(Random(2)), draw_scene(Random(3))]
+PICTURES: list[Picture] = [draw_scene(Random(1)), draw_chart(Random(2)), draw_scene(Random(3))]
 
 
 def test_patches_are_those_of_the_image_processor() -> None:
@@ -117,7 +118,7 @@ def test_the_teachers_documents_are_true_and_its_compressions_copy() -> None:
 
 
 def test_loss_of_a_batch_is_the_sum_over_its_documents_with_the_librarys_own_positions() -> None:
-    model = make_model(WORLD, CHAT.tokenizer, 0).eval()
+    model = make_model(WORLD, cast(Any, CHAT.tokenizer), 0).eval()
     made = tokenized(TEACHER, CHAT, 0, 0, 12)
     for alike in ([r for r in made if r.picture], [r for r in made if not r.picture]):
         assert alike
@@ -135,10 +136,10 @@ def test_loss_of_a_batch_is_the_sum_over_its_documents_with_the_librarys_own_pos
 
 
 def test_seeing_is_learnt() -> None:
-    model = make_model(WORLD, CHAT.tokenizer, 0)
+    model = make_model(WORLD, cast(Any, CHAT.tokenizer), 0)
     losses: list[float] = []
     how = WORLD.settings.seeing.model_copy(update={"steps": 30, "batch": 8})
-    pretrain_vision(model, CHAT, how, 0, lambda step, loss: losses.append(loss))
+    pretrain_vision(cast(Any, model), CHAT, how, 0, lambda step, loss: losses.append(loss))
     assert losses[-1] < losses[0] - 1 and len(losses) == 30
 
 

@@ -164,7 +164,10 @@ def test_a_question_for_a_judge_that_was_not_named_is_refused(settings: zppo.Set
 
 
 def test_an_engine_of_a_function_and_rows_in_memory(settings: zppo.Settings) -> None:
-    rows = [{"prompt": "mine is what?", "answer": 3}, {"prompt": [{"role": "user", "content": "and yours?"}], "answer": "4", "id": "b"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "mine is what?", "answer": 3},
+        {"prompt": [{"role": "user", "content": "and yours?"}], "answer": "4", "id": "b"},
+    ]
     questions = listed_questions(rows, "mine", settings.data.columns, settings.data.reading())
     assert [(q.id, q.gold, q.chat) for q in questions] == [("mine:1", "3", False), ("b", "4", True)]
     asked: list[Any] = []

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -138,11 +138,11 @@ def test_fresh_adapters_change_nothing_and_are_drawn_by_the_seed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_adapters_load_and_merge(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Also from frozen weights in bf16: adapters stay in fp32, and the merged model is their sum in fp32."""
-    model = tiny(kind).to(dtype)
+    model = cast(Any, tiny(kind)).to(dtype)
     adapters = adapted(model, targets=("q_proj", "in_proj_z", "*.mlp.*") if kind == "qwen3.5" else "all-linear")
     assert {w.dtype for n, w in model.named_parameters() if "lora_" in n} == {torch.float32}
     adapters.save_pretrained(tmp_path)
-    other = tiny(kind).to(dtype)
+    other = cast(Any, tiny(kind)).to(dtype)
     loaded = add_adapters(other, adapters_settings(adapters), base="base")
     loaded.load(tmp_path)
     ids = torch.arange(5, 45)[None]

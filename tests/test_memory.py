@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -225,7 +225,7 @@ def test_an_attempt_that_fails_in_its_middle_leaves_nothing(tiny_qwen3_dir: Path
             if fails and len(calls) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        learner.optimizer.model.model.layers[0].register_forward_pre_hook(hook)
+        cast(Any, learner.optimizer.model).model.layers[0].register_forward_pre_hook(hook)
         recorder = Recorder(learner)
         results.append((recorder.gradients, update(learner, groups, advantages, step=1), learner.budget.tokens))
     (expected, wanted, _), (gradients, metrics, tokens) = results

@@ -356,7 +356,7 @@ def test_prompts_are_as_long_as_those_of_the_data(folder: Path, tmp_path: Path) 
     make_tiny(tmp_path / "student")
     chosen = settings(folder, f"--student.model={tmp_path / 'student'}", "--data.max_prompt_tokens=4096", "--prompts.closing=boxed")
     asked = [Question(f"q{i}", (Message("user", "What is 3 plus 4? " * i),), "7") for i in (1, 5, 9)]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "student")
     real = [
         len(
             tokenizer.apply_chat_template([m._asdict() for m in PromptBook(chosen.prompts).plain(q)], add_generation_prompt=True)[

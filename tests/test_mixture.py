@@ -186,7 +186,7 @@ def test_a_row_that_a_filter_drops_need_not_be_a_question(tmp_path: Path) -> Non
 def test_what_is_worked_out_of_a_question(tmp_path: Path) -> None:
     Image.new("RGB", (120, 90)).save(tmp_path / "a.png")
     Image.new("RGB", (300, 80)).save(tmp_path / "b.png")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "two", "prompt": "12345", "answer": ["1", "123"], "answer_list": "any", "images": ["a.png", "b.png"]},
         {"id": "none", "prompt": "1", "answer": "1"},
     ]
@@ -451,7 +451,7 @@ def test_rows_are_the_same_questions_when_they_are_written_and_read_again(tmp_pa
 
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     inline = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"problem": "<image>Which?", "answer": "x #### A", "pics": ["a.png"], "meta": {"k": [1]}},
         {"problem": "Which?", "answer": "#### B", "pics": {"bytes": inline, "path": None}, "id": "b"},
         {

@@ -181,6 +181,9 @@ def test_whatever_the_head_is(how: str, monkeypatch: pytest.MonkeyPatch) -> None
 class Packed(torch.nn.Linear):
     """A linear layer as quantized ones are: its weights are no parameters, and its own code unpacks them."""
 
+    packed: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, layer: torch.nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False)
         scale = layer.weight.detach().abs().max() / 127

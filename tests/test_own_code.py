@@ -42,7 +42,7 @@ class Yes(io.StringIO):
 
     asked = False
 
-    def readline(self, size: int | None = -1, /) -> str:
+    def readline(self, size: int | None = -1, /) -> str:  # type: ignore[override]
         self.asked = True
         return "y\n"
 

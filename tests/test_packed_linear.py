@@ -20,7 +20,7 @@ from zppo.models.student_model import recompute_layers
 @pytest.fixture
 def model() -> PreTrainedModel:
     torch.manual_seed(0)
-    size = {"hidden_size": 256, "intermediate_size": 300, "num_attention_heads": 4, "num_key_value_heads": 2}
+    size: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 300, "num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**size, vocab_size=300, num_hidden_layers=2, tie_word_embeddings=True)).eval()
 
 
@@ -62,7 +62,7 @@ def test_nothing_stays_of_them(model: PreTrainedModel) -> None:
     sampled(model)
     assert not any("forward" in vars(module) for module in model.modules())
     engine = TransformersEngine(model, [2], 0)
-    stream = engine.stream([SampleRequest((5, 6), (1, 2))], Sampling(max_new_tokens=WORTH_PACKING))
+    stream: Any = engine.stream([SampleRequest((5, 6), (1, 2))], Sampling(max_new_tokens=WORTH_PACKING))
     next(iter(stream))
     assert any(isinstance(vars(module).get("forward"), PackedLinear) for module in model.modules())
     stream.close()

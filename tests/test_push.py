@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -142,7 +142,7 @@ def test_the_card_says_what_the_hub_reads(tmp_path: Path) -> None:
     assert "| all | 0.250 | 0.750 |" in text and "64 rollouts" in text and "`Qwen3.5-27B-FP8`" not in text
     assert "Its teacher was `Qwen/Qwen3.5-27B-FP8`" in text and "rank 16" in text
     (tmp_path / "preprocessor_config.json").touch()
-    assert ModelCard(run_card("r", settings, LINES, tmp_path)).data.pipeline_tag == "image-text-to-text"
+    assert cast(Any, ModelCard(run_card("r", settings, LINES, tmp_path)).data).pipeline_tag == "image-text-to-text"
 
 
 def test_the_card_names_no_path_no_address_and_no_key(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_what_is_saved_computes_what_was_trained(run: Path) -> None:
     final = AutoModelForCausalLM.from_pretrained(run / "final").eval()
     trained = load_student(load_recipe(run / "recipe.yaml"), run / "checkpoints" / "step-000002", bf16=False).model
     assert any("4bit" in type(module).__name__ for module in trained.modules())
-    start = AutoModelForCausalLM.from_pretrained(load_student(load_recipe("lab"), None, bf16=False).model.name_or_path).eval()
+    start = AutoModelForCausalLM.from_pretrained(cast(str, load_student(load_recipe("lab"), None, bf16=False).model.name_or_path)).eval()
     ids = torch.arange(3, 35)[None]
     with torch.no_grad():
         logits = {name: model(ids).logits for name, model in (("final", final), ("trained", trained), ("start", start))}

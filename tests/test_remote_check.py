@@ -295,7 +295,7 @@ def test_a_served_model_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "t").mkdir()
     monkeypatch.chdir(tmp_path)
     url = {"base_urls": ["http://a/v1"]}
-    further = {"more_teachers": [{"model": "t"} | url, {"model": "t"}]}
+    further: dict[str, Any] = {"more_teachers": [{"model": "t"} | url, {"model": "t"}]}
     for path, overrides in (
         (write(tmp_path, url, "remote.yaml", **further), []),
         (write(tmp_path, {}, **further), ["--teacher.base_urls=[http://a/v1]"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_odd_parts_break_nothing() -> None:
 def test_thoughts_alone_are_said_once(server: Server, make: Any, field: str, content: Any) -> None:  # noqa: F811
     warnings: list[str] = []
     teacher = make(server, warn=warnings.append)
-    server.control(*[replied(content=content, **{field: [{"text": "all"}] if field.endswith("s") else "the whole answer"})] * 3)
+    server.control(*[replied(content=content, **cast(Any, {field: [{"text": "all"}] if field.endswith("s") else "the whole answer"}))] * 3)
     for _ in range(3):
         (reply,) = teacher.complete([ask("x")], HOW)
         assert (reply.texts[0] or "").strip() == "" and reply.texts[0] is not None  # the model ended by itself, so it is wrong

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return invented_run(tmp_path_factory.mktemp("runs") / "run", steps=4)
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: int = 0) -> str:
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | int | Path, status: int = 0) -> str:
     """What a command printed, white space collapsed."""
     assert main(list(map(str, arguments))) == status
     printed = capsys.readouterr()
@@ -127,7 +128,7 @@ def test_inspect_shows_control_characters_instead_of_obeying(tmp_path: Path, cap
 # Comparing
 
 
-def runs_of(base: Path, *shapes: dict[str, object]) -> list[Path]:
+def runs_of(base: Path, *shapes: dict[str, Any]) -> list[Path]:
     return [invented_run(base / f"run-{i}", **{"steps": 3, **shape}) for i, shape in enumerate(shapes)]
 
 
@@ -257,7 +258,7 @@ def held_out(folder: Path) -> float:
 
 
 def test_pairs_are_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shapes = [{"method": m, "seed": s, "gain": g} for m, g in (("zppo", 4.0), ("grpo", 2.0)) for s in (0, 1, 2)]
+    shapes: list[dict[str, Any]] = [{"method": m, "seed": s, "gain": g} for m, g in (("zppo", 4.0), ("grpo", 2.0)) for s in (0, 1, 2)]
     folders = runs_of(tmp_path, *shapes, {"method": "grpo", "seed": 7})
     table = next(t for t in compare_runs(folders).tables if t.id == "paired")
     row = next(r for r in table.rows if r[0] == "zppo minus grpo: held-out accuracy")
@@ -284,7 +285,7 @@ def test_what_is_written_is_said_with_its_whole_path(
 
 def test_the_buffers_of_two_methods_side_by_side(tmp_path: Path) -> None:
     """Figs. 4, 23 and 24: every entry bin, what left, the three fates, what graduates were; and the loss."""
-    shapes = [{"seed": 0}, {"seed": 1}, {"seed": 0, "method": "grpo-replay"}]
+    shapes: list[dict[str, Any]] = [{"seed": 0}, {"seed": 1}, {"seed": 0, "method": "grpo-replay"}]
     folders = runs_of(tmp_path, *({**shape, "steps": 12, "characters": 60} for shape in shapes))
     comparison = compare_runs(folders)
     charts = {chart.id: chart for chart in comparison_charts(comparison.arms)}

@@ -8,7 +8,7 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -305,7 +305,7 @@ def test_zone_equals_the_buffer_of_every_step(summary: summary_module.Summary) -
     for k, (_, admitted, graduated, evicted) in enumerate(zone.totals()[:-1]):
         counted = tuple(events[name, k / 8] for name in ("admitted", "graduated", "evicted"))
         assert (admitted, graduated, evicted) == counted
-    assert zone.totals()[-1][1:] == tuple(sum(row[i] for row in zone.totals()[:-1]) for i in (1, 2, 3))
+    assert zone.totals()[-1][1:] == tuple(sum(cast(int, row[i]) for row in zone.totals()[:-1]) for i in (1, 2, 3))
 
 
 def test_waits_equal_a_plain_recount(summary: summary_module.Summary) -> None:
@@ -401,7 +401,9 @@ def test_graduated_against_evicted_over_steps_and_as_a_number(summary: summary_m
 def test_what_graduates_were_as_shares(summary: summary_module.Summary) -> None:
     """Figs. 21 and 24."""
     chart = chart_of(summary, "graduate-shares")
-    bars = {name: {s.name: s.y[i] for s in chart.series if s.y[i] is not None} for i, name in enumerate(chart.series[0].x)}
+    bars: dict[Any, dict[str, Any]] = {
+        name: {s.name: s.y[i] for s in chart.series if s.y[i] is not None} for i, name in enumerate(chart.series[0].x)
+    }
     events = Counter(e["entry_accuracy"] for e in summary.run.buffer if e["event"] == "graduated")
     assert bars["this run"] == {bin_name(k, 8): pytest.approx(events[k / 8] / sum(events.values())) for k in range(4)}
     assert all(sum(parts.values()) == pytest.approx(1) for parts in bars.values())
@@ -514,7 +516,7 @@ def test_smoothing_only_of_long_lines_and_never_over_gaps() -> None:
     values = [1.0] * 20 + [None] + [3.0] * 39
     long = ChartSpec("a", "", "", (Series("a", range(60), values, "#000"),))
     mean = long.smoothed(long.series[0])
-    assert mean is not None and mean[0] == 1 and mean[20] is None and mean[-1] == 3 and 1 < mean[19] <= 3
+    assert mean is not None and mean[0] == 1 and mean[20] is None and mean[-1] == 3 and 1 < cast(float, mean[19]) <= 3
     short = Series("a", range(5), values[:5], "#000")
     assert long.smoothed(short) is None
 
@@ -537,7 +539,7 @@ def test_question_lines_tell_what_happened(summary: summary_module.Summary, rows
     assert asked == {(line.id, v.step, v.kind) for line in summary.lines.values() for v in line.visits}
     last = {e["id"]: e["event"] for e in summary.run.buffer}
     for line in summary.lines.values():
-        assert line.fate == {"admitted": "waiting"}.get(last.get(line.id), last.get(line.id, "never hard"))
+        assert line.fate == {"admitted": "waiting"}.get(cast(Any, last.get(line.id)), last.get(line.id, "never hard"))
         correct = [sum(r["correct"] for r in rows if (r["question_id"], r["step"], r["kind"]) == (line.id, v.step, "plain"))
                    for v in line.visits if v.kind == "plain"]  # fmt: skip
         assert line.accuracies == [c / 8 for c in correct]

@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -412,7 +412,7 @@ def test_one_group_of_moments_is_dealt_out_to_the_groups_of_today(tmp_path: Path
     one.step()
     folder = checkpoint.save(tmp_path, 1, Unsaved(), one, {}, keep=1)
     several = torch.optim.AdamW(
-        [{"params": [*layers[2].parameters()], "lr": 0.5}, {"params": [*layers[0].parameters(), *layers[1].parameters()]}]
+        cast(Any, [{"params": [*layers[2].parameters()], "lr": 0.5}, {"params": [*layers[0].parameters(), *layers[1].parameters()]}])
     )
     checkpoint.load_optimizer(folder, several, trained)
     assert [group["lr"] for group in several.param_groups] == [0.5, 1e-3]
@@ -627,7 +627,7 @@ def collected_step() -> MidStep:
         return RolloutGroup(prompt, tuple(rollouts))
 
     plain, reformulated = [group("plain", (), 1, 2)], [group("bcq", (7, 8), 3, 4)]
-    responses = {"q/1": (Source(odd, None, 2, 0.5, True),)}
+    responses: dict[str, tuple[Source, ...]] = {"q/1": (Source(odd, None, 2, 0.5, True),)}
     log = StepLog(4, {"asked": 1.0, "none": None}, errors={"teacher": "no answer"})
     log.resume_clock({"step": 1.5, "sampling": 1.0})
     partial = PartialUpdate(2, UpdateCounts(losses=[0.1, nan], tokens=5, gap_max=1e-30), [torch.randn(n) for n in (1, 2, 3, 4)])

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -141,7 +141,7 @@ def logprobs_of(model: PreTrainedModel, prompt: tuple[int, ...], ids: torch.Tens
     return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
 
-RESPONSES = {f"q{i}": (Source("x" * i, "1"),) for i in range(3)}
+RESPONSES: dict[str, tuple[Source, ...]] = {f"q{i}": (Source("x" * i, "1"),) for i in range(3)}
 
 
 def literal_gradients(name: str, model: PreTrainedModel, plain: list[Group], hinted: list[Group]) -> list[torch.Tensor]:
@@ -168,9 +168,9 @@ def literal_gradients(name: str, model: PreTrainedModel, plain: list[Group], hin
                     loss = clipped_surrogate(logprobs_of(model, shown, rollout.ids)[None], old[None], advantage[None]).loss.sum()
                 else:
                     ratio = (logprobs_of(model, group.prompt.ids, rollout.ids) - old).exp()
-                    loss = -(ratio / (ratio + row.gamma) * advantage).sum()
+                    loss = -(ratio / (ratio + cast(float, row.gamma)) * advantage).sum()
                 terms.append((loss, len(rollout.ids)))
-    total = sum(loss for loss, _ in terms) / sum(tokens for _, tokens in terms)
+    total = cast(torch.Tensor, sum(loss for loss, _ in terms) / sum(tokens for _, tokens in terms))
     gradients = torch.autograd.grad(total, list(model.parameters()))
     norm = torch.stack([g.norm() for g in gradients]).norm()
     return [g / max(1.0, float(norm)) for g in gradients]
@@ -228,7 +228,7 @@ def test_what_another_policy_drew_is_not_held_against_the_sampler(
 def test_a_step_that_was_stopped_goes_on(name: str, step: tuple[PreTrainedModel, list[Group], list[Group]], tmp_path: Path) -> None:
     """Between its two updates, over a checkpoint's files: the weights are those of a step that was not stopped."""
     model, plain, hinted = step
-    pools = RESPONSES if name == "luffy" else {}
+    pools: dict[str, tuple[Source, ...]] = RESPONSES if name == "luffy" else {}
     again = [] if name == "luffy" else hinted
     whole = copy.deepcopy(model)
     learner_of(name, whole, minibatches=2).update(plain, again, pools, StepLog(1))
@@ -275,7 +275,7 @@ def test_self_distillation_is_its_definition(name: str, budget: int, tiny_qwen3_
     groups = [Group(g.prompt, tuple(replace(r, text=f"so{i} </think> it is {i}") for i, r in enumerate(g.rollouts))) for g in groups]
     renderer: Any = PromptRenderer(PromptBook(), Tokens())  # type: ignore[arg-type]
     privileged = Privileged(renderer, METHODS[name].teacher_response, None, seed=0)
-    pools = {"q0": (Source("told", "1"),), "q2": (Source("said", "1"),)} if name == "opsd" else {}
+    pools: dict[str, tuple[Source, ...]] = {"q0": (Source("told", "1"),), "q2": (Source("said", "1"),)} if name == "opsd" else {}
     shown = {
         "sdpo": {(0, 0): "it is 3", (0, 1): "it is 0", (0, 2): "it is 0", (0, 3): "it is 0", **{(1, i): "it is 3" for i in range(3)}},
         "opsd": {(g, i): text for g, text in ((0, "told"), (2, "said")) for i in range(4)},

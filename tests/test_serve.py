@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -56,7 +57,7 @@ def test_a_seed_gives_the_same_answer_and_none_another_one(client: TestClient) -
 
 
 def test_company_in_a_batch_changes_nothing(client: TestClient, engine: Counting) -> None:
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": f"{i} " * (i % 5 + 1)}], "seed": i, "n": i % 3 + 1, "max_tokens": 24} for i in range(16)
     ]
     engine.steps = 0
@@ -73,7 +74,14 @@ def test_company_in_a_batch_changes_nothing(client: TestClient, engine: Counting
 
 def test_every_setting_reaches_the_engine(client: TestClient, engine: Counting) -> None:
     engine.batches.clear()
-    settings = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "presence_penalty": 1.5, "repetition_penalty": 1.1}
+    settings: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 20,
+        "min_p": 0.05,
+        "presence_penalty": 1.5,
+        "repetition_penalty": 1.1,
+    }
     ask(client, **settings, max_tokens=3)
     ask(client, max_tokens=None, max_completion_tokens=4, top_k=-1)
     ask(client, max_tokens=None, seed=3, temperature=None)

@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from starlette.testclient import TestClient
@@ -71,7 +71,7 @@ def test_a_defect_is_a_500_in_the_same_shape(chat: Chat, monkeypatch: pytest.Mon
 
 def test_requests_of_unlike_sampling_take_turns_and_the_oldest_goes_first() -> None:
     gate = Gate()
-    batcher = Batcher(gate, max_rows=4, max_tokens=60, max_queue=100)
+    batcher = Batcher(cast(Any, gate), max_rows=4, max_tokens=60, max_queue=100)
     hot, cold = Sampling(max_new_tokens=5), Sampling(temperature=0, max_new_tokens=5)
     first = batcher.submit(SampleRequest((1,), (1,)), hot)
     assert gate.entered.wait(30)
@@ -152,7 +152,7 @@ def test_closing_ends_a_running_batch_and_what_waits(chat: Chat) -> None:
 def test_an_engine_thread_that_dies_leaves_nobody_waiting() -> None:
     gate = Gate()
     gate.check = lambda: sys.exit("out of luck")
-    batcher = Batcher(gate, max_rows=8, max_queue=8)
+    batcher = Batcher(cast(Any, gate), max_rows=8, max_queue=8)
     job = batcher.submit(SampleRequest((1,), (1,)), Sampling())
     with pytest.raises(StoppedError):
         job.future.result(30)
@@ -166,7 +166,7 @@ def test_a_real_model_stops_at_its_next_step_when_nobody_waits(tmp_path: Path) -
     loaded = load(str(make_tiny(tmp_path, max_position_embeddings=CONTEXT)), device="cpu")
     counting = Counting(loaded.engine)
     counting.engine.eos_ids = frozenset({10**6})  # never ends by itself
-    batcher = Batcher(counting, max_rows=8, max_queue=8)
+    batcher = Batcher(cast(Any, counting), max_rows=8, max_queue=8)
     loaded.engine.watch = batcher.watch
     abandoned = threading.Event()
 

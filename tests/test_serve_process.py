@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -68,7 +68,7 @@ def test_the_openai_client_speaks_with_a_lab_teacher() -> None:
             together = list(pool.map(solve, questions))
         assert together[:3] == [solve(question) for question in questions[:3]]
         right = [
-            normalise(extract_boxed(text) or "") == normalise(question.gold)
+            normalise(extract_boxed(text) or "") == normalise(cast(str, question.gold))
             for question, answers in zip(questions, together, strict=True)
             for text in answers
         ]
@@ -108,9 +108,9 @@ def test_a_server_that_is_told_to_end_finishes_what_runs_or_ends_at_once_when_to
 
     with serving(str(path)) as (process, url), ThreadPoolExecutor(2) as pool, openai.DefaultHttpxClient() as http:
         # 128 rows: the first batch must still go on when the second request has come, and rows of a random model end by chance.
-        short = pool.submit(client(url).chat.completions.create, **hello, n=128, max_tokens=600)
+        short = pool.submit(cast(Any, client(url).chat.completions.create), **hello, n=128, max_tokens=600)
         wait_for(lambda: b'"decoding":1' in http.get(url.removesuffix("v1") + "health").content)
-        long = pool.submit(client(url).chat.completions.create, **hello, n=4, max_tokens=90_000)
+        long = pool.submit(cast(Any, client(url).chat.completions.create), **hello, n=4, max_tokens=90_000)
         wait_for(lambda: b'"waiting":1' in http.get(url.removesuffix("v1") + "health").content)
         process.send_signal(signal.SIGTERM)
         assert len(short.result(60).choices) == 128

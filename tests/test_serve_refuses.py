@@ -172,7 +172,7 @@ def test_with_a_key_only_its_holder_is_served(engine: Counting, chat: Chat) -> N
     key = "a-long-secret"
     with connected(engine, chat, key=key) as client:
         for sent in (None, "", key, f"Basic {key}", "Bearer", f"Bearer {key}x", f"Bearer {key[:-1]}", "Bearer ünï"):
-            headers = {} if sent is None else {"Authorization": sent.encode()}
+            headers: dict[str, Any] = {} if sent is None else {"Authorization": sent.encode()}
             for answer in (client.get("/v1/models", headers=headers), client.post(URL, content=b"x", headers=headers)):
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
                 assert key not in answer.text

@@ -8,7 +8,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from starlette.testclient import TestClient
@@ -85,13 +85,15 @@ def test_rows_of_a_client_that_left_are_freed(served: tuple[Counting, Chat]) -> 
     hook = engine.model.register_forward_pre_hook(lambda *given: rows.append(len(given[-1]["input_ids"])), with_kwargs=True)
     sampling = Sampling(max_new_tokens=40, presence_penalty=-2)
     gate = Gate()
-    batcher = Batcher(gate, max_rows=64, max_queue=9)
+    batcher = Batcher(cast(Any, gate), max_rows=64, max_queue=9)
     try:
         first = batcher.submit(SampleRequest(ids, (9,)), sampling)
         assert gate.entered.wait(30)
         stays = batcher.submit(SampleRequest(ids, (1, 2)), sampling, lambda step, drawn: told.append((step, list(drawn))))
         told: list[tuple[int, list[tuple[int, int]]]] = []
-        leaves = batcher.submit(SampleRequest(ids, (3, 4, 5)), sampling, lambda step, drawn: step == 10 and batcher.abandon(leaves))
+        leaves: Any = batcher.submit(
+            SampleRequest(ids, (3, 4, 5)), sampling, cast(Any, lambda step, drawn: step == 10 and batcher.abandon(leaves))
+        )
         batcher._engine, engine.watch = engine, batcher.watch
         gate.open.set()
         kept = stays.future.result(60)
@@ -147,7 +149,7 @@ def test_pieces_of_any_tokens_join_to_the_whole_text(chat: Chat, kind: str) -> N
 @pytest.mark.parametrize("name", ["seed", "n", "top_k", "max_tokens", "max_completion_tokens", "top_logprobs"])
 def test_whole_numbers_as_json_has_them(client: TestClient, name: str) -> None:
     value = 0 if name == "top_logprobs" else 2
-    fields = {"seed": 1} | ({"max_tokens": None} if name == "max_completion_tokens" else {})
+    fields: dict[str, Any] = {"seed": 1} | ({"max_tokens": None} if name == "max_completion_tokens" else {})
     assert texts(ask(client, **fields | {name: float(value)})) == texts(ask(client, **fields | {name: value}))
     for wrong in (value + 0.5, True, str(value), 1e300):
         if name != "seed" or wrong is not True:
@@ -163,7 +165,7 @@ def test_an_error_after_the_beginning_is_an_event(chat: Chat) -> None:
     gate = Gate()
     served = service(gate, chat)
     with connect(served) as client, ThreadPoolExecutor(1) as pool:
-        gate.sample = _fails  # type: ignore[method-assign]
+        gate.sample = _fails  # type: ignore[method-assign, assignment]
         head, last = pool.submit(stream, client).result(30)
         assert head["choices"][0]["delta"]["role"] == "assistant"
         assert last["error"]["code"] == "decoding_failed"
@@ -227,7 +229,7 @@ def _head(host: str, length: int) -> bytes:
     ],
 )
 def test_fields_that_ask_for_nothing_are_taken(client: TestClient, fields: dict[str, Any]) -> None:
-    plain = {"messages": [{"role": "system", "content": "Be brief."}, QUESTION]} if "messages" in fields else {}
+    plain: dict[str, Any] = {"messages": [{"role": "system", "content": "Be brief."}, QUESTION]} if "messages" in fields else {}
     assert texts(ask(client, seed=1, **fields)) == texts(ask(client, seed=1, **plain))
 
 

@@ -40,7 +40,7 @@ def test_four_processes_hold_shares_and_train_as_one(tmp_path: Path, victims: Vi
     recorded = [make_groups(model, rows, seed=step) for step, rows in enumerate(rewards)]
     (tmp_path / "recorded.pickle").write_bytes(pickle.dumps(recorded))
     for name in ("tied", "untied"):  # an odd vocabulary: shards are of two sizes
-        other = make_tiny(tmp_path / name, seed=1, vocab_size=501, tie_word_embeddings=name == "tied")
+        other: Any = make_tiny(tmp_path / name, seed=1, vocab_size=501, tie_word_embeddings=name == "tied")
         AutoModelForCausalLM.from_pretrained(other, dtype=torch.bfloat16).save_pretrained(other)
     learner = make_learner(model, ReplicatedWeights())
     expected = train(learner, recorded)
@@ -112,8 +112,14 @@ def test_whose_weights_are_read_in_parts(tmp_path: Path) -> None:
     found = unread(plain)
     assert isinstance(found, UnreadStudent) and "are tied, and its files hold both" in str(files_of(found.student.model, found.folder))
 
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "vocab_size": 64}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "vocab_size": 64}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **experts)).save_pretrained(tmp_path / "experts")
     assert "in another form" in str(files(tmp_path / "experts"))
 

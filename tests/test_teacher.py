@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def ask(text: str, keys: tuple[int, ...] = (1,), role: Any = "user", images: tup
 
 def test_replies_in_order_with_one_text_per_key_and_token_counts() -> None:
     engine = Echo()
-    teacher = LocalTeacher(engine, Letters, special_texts=["<s>"])
+    teacher = LocalTeacher(cast(Any, engine), Letters, special_texts=["<s>"])
     replies = teacher.complete([ask("ab", (1, 2)), ask("c<")], TeacherSampling(GREEDY))
     assert [reply.texts for reply in replies] == [("ab1", "ab2"), ("c<1",)]
     assert [reply.think_open for reply in replies] == [False, True]
@@ -77,7 +77,7 @@ def test_a_chat_of_its_own_for_each_set_of_template_arguments() -> None:
         made.append(args)
         return Letters(args)
 
-    teacher = LocalTeacher(Echo(), make)
+    teacher = LocalTeacher(cast(Any, Echo()), make)
     for args in ({"mark": "x", "n": 1}, {"n": 1, "mark": "x"}, {}, {"mark": "y"}):
         teacher.complete([ask("a")], TeacherSampling(GREEDY, args))
     assert made == [{"mark": "x", "n": 1}, {}, {"mark": "y"}]
@@ -93,7 +93,7 @@ def test_what_cannot_be_served_says_why_and_the_rest_is_served() -> None:
         ask("bad!"),
     ]
     engine = Echo()
-    replies = LocalTeacher(engine, Letters, context=12).complete(requests, TeacherSampling(GREEDY))
+    replies = LocalTeacher(cast(Any, engine), Letters, context=12).complete(requests, TeacherSampling(GREEDY))
     assert [reply.texts for reply in replies] == [("fine1",), (None, None), (None,), (None,), (None,)]
     assert replies[0].error == ""
     for reply, words in zip(replies[1:], ("no system turns", "context holds 12", "image", "out of memory"), strict=True):
@@ -104,7 +104,7 @@ def test_what_cannot_be_served_says_why_and_the_rest_is_served() -> None:
 def test_one_bad_request_does_not_take_the_others_along() -> None:
     engine = Echo()
     texts = ["a", "b", "c!", "d", "e", "f", "g", "h"]
-    replies = LocalTeacher(engine, Letters).complete([ask(text) for text in texts], TeacherSampling(GREEDY))
+    replies = LocalTeacher(cast(Any, engine), Letters).complete([ask(text) for text in texts], TeacherSampling(GREEDY))
     assert [reply.texts[0] for reply in replies] == [None if "!" in text else f"{text}1" for text in texts]
     assert [size for size, _ in engine.calls] == [8, 4, 2, 2, 1, 1, 4]
 
@@ -122,8 +122,8 @@ def test_a_checkpoint_is_loaded_frozen_and_answers_as_generate_does(tiny_qwen3_d
     teacher = LocalTeacher.load(tiny_qwen3_dir)
     assert teacher.context == 4096
     assert "<|im_end|>" in teacher.special_texts
-    model = AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen3_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_qwen3_dir)
     how = TeacherSampling(GREEDY, {"enable_thinking": True})
     requests = [ask("What is 3 plus 4?", (5, 6)), ask("Is it wrong?")]
     for request, reply in zip(requests, teacher.complete(requests, how), strict=True):
@@ -153,7 +153,7 @@ def test_weights_are_frozen_and_in_the_asked_dtype(tiny_qwen3_dir: Path, monkeyp
     seen: list[torch.nn.Module] = []
     real = local.TransformersEngine
 
-    def spy(model: torch.nn.Module, *args: Any, **options: Any) -> Any:
+    def spy(model: Any, *args: Any, **options: Any) -> Any:
         seen.append(model)
         return real(model, *args, **options)
 

@@ -102,7 +102,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def expected(run: Path, event: str, *path: str) -> list[tuple[int, float]]:
+def expected(run: Path, event: str, *path: str) -> list[tuple[int, Any]]:
     found = []
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         value = record = json.loads(line)

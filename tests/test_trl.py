@@ -10,7 +10,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_an_update_has_our_gradient(models: Path, tmp_path: Path) -> None:
     steps, seen = watch(trainer), dict[str, torch.Tensor]()
 
     class Look(TrainerCallback):
-        def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:  # type: ignore[override]
             seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
     trainer.add_callback(Look())
@@ -340,7 +340,7 @@ def test_what_trl_gives_is_checked(models: Path, tmp_path: Path, monkeypatch: py
     """A version that hands the loss something else, or a batch that is no step of different questions."""
     trainer = make_trainer(models, tmp_path / "run")
     with pytest.raises(EngineError, match="TRL gave 32 rows of 1 questions to a step of 8"):
-        trainer._take_step([trainer.train_dataset[0]["prompt"]] * 32)
+        trainer._take_step([cast(Any, trainer.train_dataset)[0]["prompt"]] * 32)
     original = GRPOTrainer._generate_and_score_completions
     monkeypatch.setattr(
         GRPOTrainer, "_generate_and_score_completions", lambda self, inputs: original(self, inputs) | {"novel": torch.zeros(1)}

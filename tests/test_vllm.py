@@ -242,7 +242,7 @@ def test_a_rollout_is_drawn_from_its_key_in_any_order_and_company(vllm: ModuleTy
 def test_what_has_ended_comes_before_the_rest_and_nothing_is_left_behind(vllm: ModuleType, tiny_qwen3_dir: Path) -> None:
     """A reader that goes away (a signal) leaves no request that the next call would find."""
     engine, _, fake = colocated(vllm, tiny_qwen3_dir)
-    stream = engine.stream(requests(1, 2), Sampling(top_k=9))
+    stream: Any = engine.stream(requests(1, 2), Sampling(top_k=9))
     first = next(stream)
     assert first[:2] in ((0, 0), (0, 1))
     stream.close()

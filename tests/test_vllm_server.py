@@ -81,7 +81,7 @@ def test_rollouts_come_as_they_end_and_a_reader_may_go_away(serve: Serve, tiny_q
     server = serve(tiny_qwen3_dir)
     engine = served(tiny_qwen3_dir, server, weights=tmp_path)
     engine.sync()
-    stream = engine.stream(requests(8, 8), Sampling(max_new_tokens=8))
+    stream: Any = engine.stream(requests(8, 8), Sampling(max_new_tokens=8))
     next(stream)
     assert len(server.bodies) < 64
     stream.close()

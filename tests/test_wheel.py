@@ -10,6 +10,7 @@ import sys
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
@@ -76,7 +77,9 @@ def test_the_version_is_said_in_one_place(wheel: Path) -> None:
     assert f"\nversion: {zppo.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(zppo.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert zppo.__version__ not in (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[tool.")[0].split("dependencies")[0]
-    assert {"Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.13"} <= set(about.get_all("Classifier"))
+    assert {"Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.13"} <= set(
+        cast(list[str], about.get_all("Classifier"))
+    )
 
 
 def test_it_trains_reports_and_lists_without_the_repository(installed: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from zppo.rollout.student import Answered, PromptRenderer
 from zppo.rollout.teacher import Pools, TeacherSampler
 from zppo.step_log import StepLog
 from zppo.teacher.compression import Compressor
-from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.interface import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 
 
 class Words:
@@ -301,7 +302,7 @@ def test_ncq_shows_equal_candidates_as_often_as_the_recipe_says(duplicates: str)
     settings = builder.settings.model_copy(update={"zone": ZoneSettings(rho_aug=1.0, ncq_duplicates=duplicates)})
     before.renderer.chat.tokenizer = make_tokenizer()
     builder.reformulator = make_reformulator(
-        settings, before.reformulations, [before.candidates.teacher], before.renderer, before.teacher_sampler, None
+        settings, before.reformulations, [cast(Teacher, before.candidates.teacher)], before.renderer, before.teacher_sampler, None
     )
     (prompt,) = builder.build([make_group("hard", 0, 5)], 1, step=1).prompts
     text = prompt.messages[-1].content

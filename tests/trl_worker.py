@@ -31,10 +31,10 @@ def rows(count: int = 24) -> Dataset:
 
 def make_trainer(folder: Path, out: Path, **changes: Any) -> ZPPOTrainer:
     """A tiny random student and teacher: steps of 8 questions with 4 completions each, in 2 updates; `changes` of the configuration."""
-    given = {
+    given: dict[str, Any] = {
         name: changes.pop(name) for name in ("teacher_model", "reward_funcs", "train_dataset", "eval_dataset", "model") if name in changes
     }
-    more = {name: changes.pop(name) for name in ("peft_config", "tools", "rollout_func", "args") if name in changes}
+    more: dict[str, Any] = {name: changes.pop(name) for name in ("peft_config", "tools", "rollout_func", "args") if name in changes}
     config: dict[str, Any] = {
         "output_dir": str(out),
         "per_device_train_batch_size": 16,
@@ -52,7 +52,12 @@ def make_trainer(folder: Path, out: Path, **changes: Any) -> ZPPOTrainer:
         "disable_tqdm": True,
         "logging_steps": 2,
     }
-    parts = {"model": str(folder / "student"), "teacher_model": str(folder / "teacher"), "reward_funcs": luck, "train_dataset": rows()}
+    parts: dict[str, Any] = {
+        "model": str(folder / "student"),
+        "teacher_model": str(folder / "teacher"),
+        "reward_funcs": luck,
+        "train_dataset": rows(),
+    }
     return ZPPOTrainer(**{**parts, "args": ZPPOConfig(**{**config, **changes}), **more, **given})
 
 

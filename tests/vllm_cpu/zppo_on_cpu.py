@@ -29,8 +29,8 @@ def keep(layer: Any, remove_weight: bool) -> None:
 original = utils.dispatch_cpu_unquantized_gemm
 for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
     if vars(module).get("dispatch_cpu_unquantized_gemm") is original:
-        module.dispatch_cpu_unquantized_gemm = keep
-vllm.LLM = functools.partial(vllm.LLM, enable_chunked_prefill=False)  # type: ignore[misc, assignment]
+        module.dispatch_cpu_unquantized_gemm = keep  # type: ignore[attr-defined]
+vllm.LLM = functools.partial(vllm.LLM, enable_chunked_prefill=False)  # type: ignore[misc, assignment, call-arg]
 
 if __name__ == "__main__":
     from zppo.cli import main

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 
 class RequestOutputKind(Enum):
@@ -32,6 +33,10 @@ class SamplingParams:
     seed: int | None = None
     detokenize: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **parameters: Any) -> None: ...
 
     def __post_init__(self) -> None:
         assert self.n >= 1 and self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= self.min_p <= 1
