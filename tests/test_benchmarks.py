@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -220,7 +220,9 @@ def test_the_simulated_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card gives every row a token a pass; what a lazy step asks for is the least; nobody waits for a teacher without a latency."""
     clock, ended = teacher_ahead.Clock(), []
     card = teacher_ahead.Card(clock, teacher_ahead.Api(pace=2.0))
-    card.add([teacher_ahead.Row(5, 5, tokens, lambda tokens=tokens: ended.append((clock.now, tokens)), 0) for tokens in (30, 10)])  # type: ignore[misc]
+    card.add(
+        [teacher_ahead.Row(5, 5, tokens, cast(Any, lambda tokens=tokens: ended.append((clock.now, tokens))), 0) for tokens in (30, 10)]
+    )
     clock.run(lambda: len(ended) == 2)
     assert ended == [(5.0, 10), (15.0, 30)]
 

@@ -34,7 +34,7 @@ class SamplingParams:
     detokenize: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # callers unpack dictionaries with values of several types
 
         def __init__(self, **parameters: Any) -> None: ...
 
