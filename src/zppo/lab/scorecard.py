@@ -68,7 +68,7 @@ MEASURES: Mapping[str, Measure] = {
     "drift": Measure(
         "KL per token from the pretrained student on these skills, nats", lambda row: fmean(row["drift"].values()) if row["drift"] else None
     ),
-    "graduated": Measure("share of the entries admitted at 0%", graduated_share),
+    "graduated": Measure("share of the entries admitted at 0% that graduated", graduated_share),
     "bcq": Measure("accuracy of BCQ rollouts at the end", lambda row: row.get("bcq_accuracy")),
     "followed": Measure("share of the wrong ones with the wrong candidate's answer", lambda row: row.get("bcq_followed")),
     "asked": Measure("thousands of teacher tokens", lambda row: row["teacher_tokens"] / 1000),
