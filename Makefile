@@ -18,6 +18,9 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most of what is installed never is.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
+# How tests and benchmarks are type-checked: whether what they call is there and takes what it is given.
+LIGHTLY := --check-untyped-defs --implicit-reexport $(addprefix --disable-error-code=,comparison-overlap func-returns-value import-not-found \
+	import-untyped no-any-return no-untyped-call no-untyped-def union-attr unused-ignore var-annotated)
 LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.py update.py chat.py data.py settings.py engine_checks.py grading_rules.py) \
 	tests/test_train.py::test_a_run_leaves_its_files
 
@@ -37,7 +40,7 @@ help:
 	@echo "make gpu-check     on a machine with a GPU: kernels, speed, memory, log-probs, whole steps with and without vLLM; 12 minutes"
 	@echo "make bench   speed and memory against TRL, then the tables of docs/performance.md; ARGS=step_vs_trl: that row alone"
 	@echo "make check   ruff, mypy, import-linter, the site and the quick tests"
-	@echo "make lint    ruff, mypy, import-linter, and the site built strictly"
+	@echo "make lint    ruff, mypy (tests and benchmarks too), import-linter, and the site built strictly"
 	@echo "make site    the documentation as a site, in .site/; with ARGS=serve on this machine"
 	@echo "make fuzz    the grader's fuzz tests, many examples"
 	@echo "make clean   remove the environment"
@@ -87,6 +90,7 @@ check: lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+	$(BIN)/python -m mypy $(LIGHTLY) tests benchmarks
 	$(BIN)/lint-imports --no-cache
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 

@@ -120,7 +120,7 @@ def of_checkpoint(folder: Path, width: int, vocabulary: int) -> dict[str, float]
     for name, beside in (("foreground", False), ("background", True)):
         settings = TrainSettings(checkpoint_in_background=beside)
         write = Checkpointer(settings, folder / name, Student(model, None), optimizer, {}, ReplicatedWeights())
-        found[name] = seconds(lambda: write(1, {}, None, True, beside=True))  # noqa: B023 - called at once
+        found[name] = seconds(lambda: write(1, {}, None, later=True))  # noqa: B023 - called at once
         found[f"{name}, to the end"] = found[name] + seconds(write.wait)
     return found
 

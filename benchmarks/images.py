@@ -128,8 +128,9 @@ class Counts:
         from transformers.image_processing_backends import PilBackend
         from transformers.image_utils import make_flat_list_of_images
 
+        flat: Any = make_flat_list_of_images
         PilBackend.preprocess = self.counted(  # type: ignore[method-assign]
-            "preprocessed", PilBackend.preprocess, lambda _, images, *rest: len(make_flat_list_of_images(images))
+            "preprocessed", PilBackend.preprocess, lambda _, images, *rest: len(flat(images))
         )
 
     def take(self) -> dict[str, float]:
@@ -178,7 +179,7 @@ def serve_theirs(pipe: Connection, world: World) -> None:
     counts.watch_preprocessing()
     ImageFeature.decode_example = counts.counted("decoded", ImageFeature.decode_example, lambda *_: 1)
 
-    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         asked["tokens"] = sum(map(len, completion_ids))
         size = world.shape.group
         return [float(f) for row in correct(len(completion_ids) // size, size, asked["trivial"], 1) for f in row]

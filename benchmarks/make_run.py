@@ -109,7 +109,7 @@ class Maker:
         return 1 / (1 + math.exp(-(hidden + self.skill)))
 
     def _wrong(self, question: Question) -> str:
-        return str(int(question.gold) + self.random.choice((-10, -1, 1, 2, 10)))
+        return str(int(str(question.gold)) + self.random.choice((-10, -1, 1, 2, 10)))
 
     def _plain(self, question: Question, replayed: bool) -> Row:
         chance = self._chance(question)
@@ -118,7 +118,7 @@ class Maker:
 
     def _answer(self, question: Question, chance: float) -> str | None:
         if self.random.random() < chance:
-            return question.gold
+            return str(question.gold)
         return None if self.random.random() < 0.05 else self._wrong(question)
 
     def _render(self, messages: tuple[Message, ...]) -> str:
@@ -133,7 +133,7 @@ class Maker:
 
     def _again(self, row: Row) -> list[Row]:
         """BCQ and NCQ of a hard question."""
-        question, gold = row.question, row.question.gold
+        question, gold = row.question, str(row.question.gold)
         wrong = [a for a in row.answers if a != gold]
         rows = []
         negatives = [a for a in wrong if a is not None]
@@ -141,16 +141,16 @@ class Maker:
             correct_at, negative = self.random.randrange(2), self.random.choice(negatives)
             texts = [self._candidate(gold), self._candidate(negative)]
             shown = texts if correct_at == 0 else texts[::-1]
-            audit = {"correct_at": correct_at, "positive_answer": gold, "negative_answer": negative}
+            audit: dict[str, Any] = {"correct_at": correct_at, "positive_answer": gold, "negative_answer": negative}
             prompt = self._render(self.book.render(Draft("bcq", question, {"candidates": shown})))
             first = (gold, negative)[correct_at]
-            pool = [gold] * 5 + [negative] * 3 + [first] + [self._wrong(question)]
+            pool: list[str | None] = [*[gold] * 5, *[negative] * 3, first, self._wrong(question)]
             rows.append(Row("bcq", question, prompt, audit, row.replayed, [self.random.choice(pool) for _ in row.answers]))
         listed = tuple(dict.fromkeys(a for a in wrong if a is not None))
         slots = {"answers": listed, "candidates": [self._candidate(a) for a in wrong]}
         prompt = self._render(self.book.render(Draft("ncq", question, slots)))
         audit = {"wrong_answers": listed, "teacher_answers": [gold] if rows else []}
-        pool = [gold] * 2 + list(listed) + [self._wrong(question), None]
+        pool = [*[gold] * 2, *listed, self._wrong(question), None]
         answers = [self.random.choice(pool) for _ in row.answers]
         rows.append(Row("ncq", question, prompt, audit, row.replayed, answers))
         return rows

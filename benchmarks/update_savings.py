@@ -121,7 +121,7 @@ def timed(learner: Any, groups: Any, advantages: Any) -> dict[str, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     log = StepLog(1)
     learner.optimizer_steps(groups, advantages, log)
-    metrics = log.counts
+    metrics: Any = log.counts
     return {
         "seconds": time.perf_counter() - wall,
         "cpu": time.process_time() - cpu,
