@@ -30,6 +30,7 @@ from benchmarks import (
     workers,
     world,
 )
+from benchmarks.__main__ import ROWS
 
 from bench_echo import echo
 
@@ -189,12 +190,19 @@ def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path: Path)
 
 
 def test_every_row_has_a_table_on_a_page() -> None:
-    from benchmarks.__main__ import ROWS
-
     pages = "".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
     shown = {found[2] for found in tables.BLOCK.finditer(pages)}
     assert set(ROWS) <= shown
     assert {scaling.__name__, gpu_training.__name__} <= {f"benchmarks.{name}" for name in shown}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_runs(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / f"{name.replace('_', '-')}.json").read_text())["quick"]
 
 
 def test_a_name_that_is_no_row_is_refused() -> None:
