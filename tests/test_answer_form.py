@@ -63,6 +63,7 @@ def test_lines_are_found_in_linear_time() -> None:
         last_line(hostile)  # a quadratic one would take hours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "text", "answer"),
     [
@@ -82,6 +83,7 @@ def test_an_expression_of_a_users_reads_its_last_match(place: str, text: str, an
     assert (verdict.answer, verdict.correct) == (answer, answer == "42")
 
 
+@pytest.mark.slow
 def test_an_expression_that_backtracks_for_ever_does_not_hang_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of a group time out, its others are not tried, and other groups are read all the same."""
     monkeypatch.setattr("zppo.grading.workers._SLACK", 30.0)  # a worker that starts on a busy machine is not taken for one that hangs
@@ -112,6 +114,7 @@ def test_a_place_that_is_none_is_refused(place: str, cause: str) -> None:
     assert cause in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "written"),
     [
@@ -168,6 +171,7 @@ def test_all_prompts_speak_of_the_form(closing: str) -> None:
     assert ("boxed" in text) == (closing == "boxed") and ("Answer: 43" in text) == (closing == "answer-line")
 
 
+@pytest.mark.slow
 def test_summaries_keep_the_answer_in_its_form() -> None:
     def wide(text: str) -> str:
         return text
@@ -285,6 +289,7 @@ def test_a_run_with_an_expression_that_backtracks_comes_to_its_end(folder: Path,
     assert {row["reason"] for row in rollouts(run)} <= {"no answer", "timeout"}
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_where_an_example_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(folder / "recipe.yaml"), "--dry-run", "--grading.answer_from=(?:so|thus) (x)"]) == 2
     said = capsys.readouterr().err

@@ -107,6 +107,7 @@ def test_what_the_command_looks_at_first_is_looked_at_first(tmp_path: Path) -> N
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Word for word, from the project's folder."""
     example = re.findall(r"```python\n(import zppo\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -222,6 +222,7 @@ def test_version_of_the_module() -> None:
     assert python("-m", "zppo").returncode == 2
 
 
+@pytest.mark.slow
 def test_dry_run_errors_and_help_never_import_torch(tmp_path: Path) -> None:
     script = (
         "import sys, runpy; from zppo.cli import main\n"

@@ -166,6 +166,7 @@ def check(world: World, choice: Choice) -> None:
     assert set(literal_asked) <= {world.groups[i].question.id for i in expected_asked}
 
 
+@pytest.mark.slow
 @settings(max_examples=1200, deadline=None)
 @given(worlds(), choices)
 def test_selection_is_algorithm_1(world: World, choice: Choice) -> None:
@@ -179,6 +180,7 @@ def test_selection_is_algorithm_1_on_many_batches(world: World, choice: Choice) 
     check(world, choice)
 
 
+@pytest.mark.slow
 def test_selection_is_algorithm_1_on_large_batches() -> None:
     """At the size of a real step; half of the questions fail in every rollout, so that the cap is full of ties."""
     for number in range(40):

@@ -315,6 +315,7 @@ def test_duplicates_within_a_subset(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 2, "one file for a picture of several rows"
 
 
+@pytest.mark.slow
 def test_a_cap_is_a_keyed_draw_whatever_the_order(tmp_path: Path) -> None:
     """The same rows in another order and in other files give the same corpus, byte for byte; another seed draws others."""
     rows = [mmfr_row("MMR1", i) for i in range(200)] + [mmfr_row("PuzzleQA", i) for i in range(40)]
@@ -392,6 +393,7 @@ def test_a_mapping_with_a_mistake(tmp_path: Path, old: str, new: str, said: str)
     assert str(file) in str(caught.value) and said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_corpus_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command to a step of a tiny vision-language student, with `data.train: DIR` and nothing else."""
     vero, mmfr = both(tmp_path, each=1)

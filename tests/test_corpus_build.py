@@ -116,6 +116,7 @@ def test_a_build_killed_at_random(
     assert files_of(out) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_middle_of_a_file_goes_on_from_there(
     crowded: tuple[Path, Path, Path], uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_stop_in_the_middle_of_a_file_goes_on_from_there(
     assert files_of(out) == uninterrupted
 
 
+@pytest.mark.slow
 def test_done_is_done(crowded: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same command prints the table again and reads nothing; another mapping is refused."""
     vero, mmfr, mapping = crowded
@@ -168,6 +170,7 @@ def test_what_a_build_was_begun_with_is_kept_to(crowded: tuple[Path, Path, Path]
         build_corpus(own, out, {"vero": vero, "mmfinereason": other})
 
 
+@pytest.mark.slow
 def test_two_builds_in_one_folder(crowded: tuple[Path, Path, Path], tmp_path: Path) -> None:
     vero, mmfr, mapping = crowded
     out, refused = tmp_path / "out", []

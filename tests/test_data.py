@@ -215,6 +215,7 @@ def test_the_mend_that_is_told_mends(tmp_path: Path) -> None:
             assert not said and str(question.gold) in ("42", "72", "4")
 
 
+@pytest.mark.slow
 def test_of_each_kind_the_first_is_named_and_the_others_counted(tmp_path: Path) -> None:
     said: list[str] = []
     golds = [f"#### {n}" for n in range(1000)] + [f"Thus \\boxed{{{n}}}" for n in range(1000)] + ["5"] * 10

@@ -72,6 +72,7 @@ def test_nothing_is_shown_to_a_quiet_console() -> None:
     assert out.getvalue() == ""
 
 
+@pytest.mark.slow
 def test_a_piped_run_says_what_it_is_at_and_the_table_is_there_in_its_last_evaluation(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

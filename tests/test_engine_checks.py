@@ -150,24 +150,28 @@ def steps(watching: EngineCheck, model: PreTrainedModel, by: float, count: int) 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [1e-2, 1e-5, 1e-7, *(pytest.param(by, marks=pytest.mark.long) for by in (1e-3, 1e-4, 1e-6))])
 def test_a_deaf_engine_is_found_after_one_update_however_small(model: PreTrainedModel, by: float) -> None:
     with pytest.raises(EngineError, match="after step 1 .* does not hold the trainer's weights"):
         steps(guard(Deaf(model), model, tolerance=0.05), model, by, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [1e-6, 0.0, *(pytest.param(by, marks=pytest.mark.long) for by in (1e-2, 1e-3, 1e-4, 1e-5, 1e-7))])
 def test_one_that_hears_passes_however_small_the_updates(model: PreTrainedModel, by: float) -> None:
     watching = guard(Hearing(model, noise=1e-6), model, tolerance=0.05)
     assert all(line["engine_gap_mean"] < 1e-5 for line in steps(watching, model, by, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [1, 2])
 def test_a_late_engine_is_found(model: PreTrainedModel, late: int) -> None:
     with pytest.raises(EngineError, match="does not hold the trainer's weights"):
         steps(guard(Hearing(model, late=late), model, tolerance=0.05), model, 1e-4, 3)
 
 
+@pytest.mark.slow
 def test_a_deaf_engine_whose_kernels_are_noisy_is_watched_until_it_shows(model: PreTrainedModel) -> None:
     """An update is less than the noise; the same rollouts are looked at until the trainer has gone far enough."""
     watching = guard(Deaf(model, noise=0.01), model, tolerance=0.05)
@@ -176,6 +180,7 @@ def test_a_deaf_engine_whose_kernels_are_noisy_is_watched_until_it_shows(model: 
     assert len(watching.engine.calls) > 6  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_bf16_may_round_small_updates_away(model: PreTrainedModel) -> None:
     """The same silence is a fault in fp32, and where the trainer has moved by more than rounding."""
     steps(guard(Deaf(model), model, tolerance=0.05, rounded=True), model, 1e-6, 3)
@@ -183,6 +188,7 @@ def test_bf16_may_round_small_updates_away(model: PreTrainedModel) -> None:
         steps(guard(Deaf(model), model, tolerance=0.05, rounded=True), model, 3e-4, 3)
 
 
+@pytest.mark.slow
 def test_an_engine_over_the_trainer_s_module_is_looked_at_in_passing_and_a_wrong_one_found(model: PreTrainedModel) -> None:
     """One token after the first few of a prompt after each update, at four places where it is not known to be the module; a copy of the
     weights in bf16 that nobody renews is not the module."""
@@ -222,6 +228,7 @@ def test_over_the_trainer_s_module_a_step_pays_for_seventeen_tokens(model: PreTr
     assert 0 < sum(read) <= 17 < 0.02 * 4 * 8 * 32
 
 
+@pytest.mark.slow
 def test_the_gap_of_trained_rows_is_watched(model: PreTrainedModel) -> None:
     watching = guard(TransformersEngine(model, [2], 0), model)
     for mean, faulty in ((None, False), (1e-4, False), (2e-3, True), (float("nan"), True)):

@@ -49,6 +49,7 @@ def evaluate(model: Scripted, judge: Scripted, names: str, out: Path, *more: str
     return cli.main(["eval", model.url, "--suite", names, "--judge", judge.url, "--output", str(out), *more])
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_ones_own_runs_next_to_a_known_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = bench(tmp_path / "mine", CHOICE, SHAPES)
     Image.new("RGB", (600, 600), "red").save(tmp_path / "mine" / "red.png")

@@ -408,6 +408,7 @@ def test_a_file_that_is_no_evaluation_is_refused(tmp_path: Path, text: str) -> N
         read_evaluation(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_runs_report_shows_its_benchmarks(tmp_path: Path) -> None:
     run = invented_run(tmp_path / "run")
     before = Reader(run).read()

@@ -286,6 +286,7 @@ def test_a_server_that_is_gone_ends_the_asking(data: Path, tmp_path: Path, monke
     assert "not asked" in rows(out, "CharXiv")[-1]["error"]
 
 
+@pytest.mark.slow
 def test_from_python_where_a_loop_runs(data: Path, tmp_path: Path) -> None:
     async def cell(model: str, **options: Any) -> zppo.Evaluated:
         quiet = Console(quiet=True)

@@ -281,6 +281,7 @@ def test_the_page_in_a_browser(runs: list[str], tmp_path: Path) -> None:
 # `zppo compare`
 
 
+@pytest.mark.slow
 def test_compare_shows_the_evaluations_of_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = [("zppo", 0, 50.0), ("zppo", 1, 60.0), ("grpo", 0, 40.0), ("grpo", 1, 45.0)]
     folders = [invented_run(tmp_path / f"{method}-{seed}", steps=2, method=method, seed=seed) for method, seed, _ in shapes]

@@ -163,6 +163,7 @@ def test_of_a_run_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before  # nothing was set aside or cut
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_there_hinder_no_report(run: Path, tmp_path: Path) -> None:
     """A run that was cloned without its large files shows what it has."""
     for name in ("checkpoints/step-000008/optimizer.pt", "checkpoints/step-000008/model/model.safetensors", "final/model.safetensors"):

@@ -387,6 +387,7 @@ def test_async_calls_wait_at_the_same_time_and_a_late_one_is_ungraded() -> None:
     assert log.own["reward_timeouts"] == 1 and "grading.reward_deadline" in log.warnings["reward timeouts"]
 
 
+@pytest.mark.slow
 def test_what_does_not_listen_is_given_up() -> None:
     release = threading.Event()
 

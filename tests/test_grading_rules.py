@@ -35,6 +35,7 @@ def test_precision_and_recall_on_labelled_pairs(grader: Grader) -> None:
     assert grader.timeouts == 0
 
 
+@pytest.mark.slow
 def test_rules(grader: Grader) -> None:
     rows = json.loads((DATA / "grading_rules.json").read_text(encoding="utf-8"))
     wrong = [(gold, answer) for gold, answer, equal in rows if grader.equal(gold, answer) is not equal]
@@ -139,6 +140,7 @@ def test_formulas_are_left_to_algebra() -> None:
     assert asked[1:] == [(r"\sqrt{8}", r"2\sqrt{2}")]  # parts that types pair off or tell apart are not asked about
 
 
+@pytest.mark.slow
 @given(st.fractions(max_denominator=10_000), st.fractions(max_denominator=10_000))
 @settings(max_examples=100, deadline=None)
 def test_fractions_are_equal_iff_their_values_are(first: Fraction, second: Fraction) -> None:

@@ -77,6 +77,7 @@ def test_questions_of_families_are_exact_and_stand_in_no_document() -> None:
         assert families == ({"count→"} if isinstance(corpus, ChainTeacherCorpus) else {"sort→", "count→", "copy→"})
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_grading_takes_no_other_order_of_an_answer_for_it(data: st.DataObject) -> None:
@@ -224,6 +225,7 @@ def documented(world: str) -> dict[str, list[float]]:
     return {level: [float(cell) for cell in cells] for level, _, *cells in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", ["elsewhere", "elsewhere-2"])
 def test_the_pretrained_models_are_at_the_levels_that_the_docs_say(world: str) -> None:
     """On a few questions of every level: a world that was built anew has another table, and other studies."""

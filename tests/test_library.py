@@ -70,6 +70,7 @@ def make_engine(settings: zppo.Settings, chat: Chat) -> TransformersEngine:
     return TransformersEngine(model, chat.eos_ids(model), chat.pad_id(model), chat.banned_ids(model))
 
 
+@pytest.mark.slow
 def test_by_hand_it_is_the_step_that_train_takes(settings: zppo.Settings, parts: zppo.Parts, recipe: Path, tmp_path: Path) -> None:
     """The same prompts, completions and advantages, in the same order, bit for bit."""
     run = zppo.train(recipe, output=tmp_path / "run", train__steps=1, eval__every=0, data__eval=None)
@@ -147,6 +148,7 @@ def test_what_is_not_for_own_loops_is_refused(settings: zppo.Settings) -> None:
         parts.advantages([])
 
 
+@pytest.mark.slow
 def test_a_teacher_that_writes_no_hints_is_said_in_own_loops_too(settings: zppo.Settings) -> None:
     method = settings.method.model_copy(update={"name": "hint"})
     with (

@@ -47,6 +47,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 # --- what is asked, kept and written --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_measured_questions_are_a_source_with_accuracies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command line to a run that trains on what was measured."""
     out = tmp_path / "measured.jsonl"
@@ -98,6 +99,7 @@ def test_the_measured_questions_are_a_source_with_accuracies(tmp_path: Path, cap
     assert main(["train", "lab", f"--data.train={out}", *small, f"--output={tmp_path / 'run'}"]) == 0
 
 
+@pytest.mark.slow
 def test_answers_do_not_hang_on_what_is_asked_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every draw is keyed by question and index: chunks, the size of the sample and a stop change nothing."""
     one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
@@ -112,6 +114,7 @@ def test_answers_do_not_hang_on_what_is_asked_together(tmp_path: Path, monkeypat
     assert len(keys) == len(set(keys)) == 12
 
 
+@pytest.mark.slow
 def test_what_was_answered_is_not_asked_again_under_the_same_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"--out={tmp_path / 'm'}"
 
@@ -182,6 +185,7 @@ def test_several_sources_are_written_to_files_of_their_own(tmp_path: Path, capsy
     assert len(other) == 4 and all("student_accuracy" in row for row in [*one, *other])
 
 
+@pytest.mark.slow
 def test_images_stay_references(tmp_path: Path) -> None:
     out = tmp_path / "seen.jsonl"
     measure("--n=2", "--sample=2", f"--out={out}", recipe="lab-vision")
@@ -260,6 +264,7 @@ def test_how_far_it_is_and_how_long_it_takes(tmp_path: Path, monkeypatch: pytest
         assert done == sorted(done) and {4, 8, 12} <= set(done)
 
 
+@pytest.mark.slow
 def test_only_models_that_are_needed_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = f"--out={tmp_path / 'm'}"
     measure("--n=2", "--sample=2", out)
@@ -270,6 +275,7 @@ def test_only_models_that_are_needed_are_loaded(tmp_path: Path, monkeypatch: pyt
     measure("--n=2", "--sample=2", "--teacher", out)
 
 
+@pytest.mark.slow
 def test_both_are_asked_as_in_a_run_examples_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[int] = []
 

@@ -522,6 +522,7 @@ def test_recipes_of_the_paper_say_how_their_corpus_is_built(
     assert f"3 from {tmp_path / 'data' / 'zppo-77k'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_says_what_each_source_gives_and_goes_on_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On the lab, through the command line: two sources with the same ids; a run that goes on is the one that did not stop."""
     recipe = str(Path(__file__).parents[1] / "recipes" / "lab.yaml")

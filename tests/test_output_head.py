@@ -265,6 +265,7 @@ def divergence_of(model: PreTrainedModel, rows: list[Row]) -> torch.Tensor:
     return ForwardPass(model).divergence(rows, ForwardPass(copy.deepcopy(model)).late(rows)).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [logprobs_of, shared_of, divergence_of])
 def test_logits_are_never_whole(work: Callable[[PreTrainedModel, list[Row]], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of 300 tokens over a vocabulary of 50,000: nothing is larger than a chunk of 20, or the weights."""

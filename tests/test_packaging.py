@@ -145,6 +145,7 @@ def brought(requirements: Iterable[Requirement]) -> set[str]:
     return {name for name, _ in seen}
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_asked_for(tmp_path: Path) -> None:
     """With what `pip install zppo` brings and nothing that else is installed here: the lab trains, and what cannot be imported names a
     package of an extra."""
@@ -210,6 +211,7 @@ def test_help_loads_neither_settings_nor_numbers() -> None:
     assert "zppo.cli" in loaded and not loaded & {"numpy", "pydantic", "rich", "ruamel.yaml", "torch", "transformers"}
 
 
+@pytest.mark.slow
 def test_the_first_line_of_a_run_comes_before_torch(tmp_path: Path) -> None:
     """What is said first is said while nothing heavy has been imported."""
     script = f"""

@@ -97,6 +97,7 @@ def test_empty_question_text_gets_no_leading_blank_lines(book: PromptBook) -> No
     assert book.plain(Question("image", (Message("user", ""),), "1"))[-1].content == CLOSING
 
 
+@pytest.mark.slow
 @given(st.text(), st.text(), st.sampled_from(["", " ", "\n", "\n\n\n", "\t "]))
 def test_nothing_in_a_bcq_prompt_says_which_candidate_is_right(one: str, other: str, space: str) -> None:
     """Swapping the candidates swaps their blocks; the white space around a candidate is always the same."""
@@ -330,6 +331,7 @@ def test_a_tokenizer_sees_no_control_token_in_neutralised_text() -> None:
     assert not set(tokenizer.added_tokens_decoder) & set(tokenizer.encode(Neutraliser(special)(hostile)))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)  # more than linear in the text would take hours
 def test_neutralising_is_linear_in_the_text() -> None:
     neutralise = Neutraliser([*SPECIAL, *(f"<unused{i}>" for i in range(3000))])

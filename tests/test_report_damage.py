@@ -40,6 +40,7 @@ def damage(path: Path, harm: str) -> None:
         path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone"])
 def test_a_damaged_rollout_file_is_left_out_and_said(folder: Path, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(shutil.copytree(folder, tmp_path / "run"))
@@ -58,6 +59,7 @@ def test_a_damaged_rollout_file_is_left_out_and_said(folder: Path, tmp_path: Pat
     assert asked.id in question_ids(open_run(run)) and (run / "report.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone"])
 def test_a_damaged_file_of_held_out_completions_is_left_out_and_said(
     folder: Path, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]

@@ -341,6 +341,7 @@ def lives(run: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "most"), [({"steps": 40, "capacity": 14, "gain": 9.0}, 6), ({"steps": 24, "capacity": 40}, 3)])
 def test_the_three_fates_equal_a_plain_recount(tmp_path: Path, shape: dict[str, Any], most: int) -> None:
     """Fig. 24: by number of visits, 1 to 6 or more; entries that are still in the buffer count."""

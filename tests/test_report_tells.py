@@ -119,6 +119,7 @@ def told(tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_warnings_reach_the_page_and_the_terminal(told: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bcq = {row["question_id"] for row in rows_of(told) if row["kind"] == "bcq"}
     assert len(bcq) >= tells.LEAST_QUESTIONS
@@ -143,6 +144,7 @@ def test_the_page_warns_of_what_the_run_warned_of(told: Path) -> None:
     assert expected and [text for text in Reader(told).read().warnings if not text.startswith("A tell")] == expected
 
 
+@pytest.mark.slow
 def test_a_comparison_says_whether_the_held_out_questions_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def arm(name: str, right: list[int]) -> Path:
         """A run that answered this many of 4 completions of each held-out question right."""

@@ -422,6 +422,7 @@ CANDIDATE = json.loads((ASSETS / "unreachable" / "student" / "tokenizer.json").r
 MOST = "--zone.prefix_fraction=0.9"
 
 
+@pytest.mark.slow
 def test_guide_on_the_lab_learns_on_plain_prompts(tmp_path: Path, learnt: list[Sample]) -> None:
     steps = on_lab(tmp_path / "run", f"{{name: guide-grpo, {PARTIAL}}}", MOST)
     shaped = [s for s in learnt if s.gamma is not None]
@@ -448,6 +449,7 @@ def test_lte_on_the_lab_needs_no_teacher(tmp_path: Path, learnt: list[Sample]) -
     assert "All wrong:" in prompt and "candidate" not in prompt
 
 
+@pytest.mark.slow
 def test_dapo_on_the_lab_fills_its_batch(tmp_path: Path) -> None:
     steps = on_lab(tmp_path / "run", "dapo", "--teacher=null", world="-reachable")
     groups = by_group(tmp_path / "run")

@@ -65,6 +65,7 @@ def bomb(leaf: str, again: str) -> str:
     return "\n".join([*lines, *(f"a{i}: &a{i} {again.format(', '.join([f'*a{i - 1}'] * 9))}" for i in range(1, 12))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -86,6 +87,7 @@ def test_yaml_that_stands_for_too_much(text: str, said: str, tmp_path: Path, cap
     assert said in " ".join(captured.split()) and "Traceback" not in captured
 
 
+@pytest.mark.slow
 def test_aliases_in_measure_are_fine() -> None:
     assert parse_yaml("a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: 3}") == {"a": {"x": [1, 2]}, "b": {"x": [1, 2]}, "c": {"x": [1, 2], "y": 3}}
     assert len(parse_yaml(f"[{', '.join(['1'] * (MOST_VALUES // 2))}]")) == MOST_VALUES // 2
@@ -121,6 +123,7 @@ def test_pipes_and_devices_are_no_files(recipe: Path, tmp_path: Path, capsys: py
     assert read_lines(run / "metrics.jsonl") == []
 
 
+@pytest.mark.slow
 def test_a_pipe_in_a_run_folder_is_said(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Deep inside, and where a resumed run would open it before its first step."""
     assert cli.main(["train", str(recipe), "--train.steps=1", "--train.checkpoint_every=1", f"--output={tmp_path / 'run'}"]) == 0

@@ -229,6 +229,7 @@ def test_the_key_is_no_argument() -> None:
     assert "key" not in vars(cli._parser().parse_args(["serve", "tiny"]))
 
 
+@pytest.mark.slow
 def test_a_small_model_that_sees_has_its_own_limits(monkeypatch: pytest.MonkeyPatch, served: Callable[..., tuple[Any, str]]) -> None:
     loaded: list[Any] = []
     load = run.load

@@ -133,6 +133,7 @@ def test_the_lines_of_a_slurm_array_name_the_same_runs(recipe: Path, capsys: pyt
     assert main([*words[1:-1], "--cell=4"]) == 2 and "0 to 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_each_run_has_its_card_and_its_share_of_the_cores(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher stands in for training: it writes down what it was given, and the run folder of a finished run."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")

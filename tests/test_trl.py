@@ -87,6 +87,7 @@ def on_the_lab() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_loss_gets_our_advantages_and_our_denominator(models: Path, tmp_path: Path) -> None:
     trainer = make_trainer(models, tmp_path / "run", **on_the_lab())
     steps = watch(trainer)
@@ -111,6 +112,7 @@ def test_the_loss_gets_our_advantages_and_our_denominator(models: Path, tmp_path
     assert {g.question.id for g in plain if g.accuracy < 0.5} >= {q.id for q in trainer.parts.buffer.questions()} != set()
 
 
+@pytest.mark.slow
 def test_an_update_has_our_gradient(models: Path, tmp_path: Path) -> None:
     """One update a step, so that the denominators are the same: TRL's gradients against those of our loss on the same rollouts."""
     trainer = make_trainer(
@@ -135,6 +137,7 @@ def test_an_update_has_our_gradient(models: Path, tmp_path: Path) -> None:
     assert max(float(g.abs().max()) for g in seen.values()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.long)], ids=["keyed", "trl"])
 def test_a_resumed_run_is_the_same_run(models: Path, tmp_path: Path, own: bool) -> None:
     """Weights, optimizer and buffer, bit for bit; the newest checkpoint is found."""
@@ -154,6 +157,7 @@ def test_a_resumed_run_is_the_same_run(models: Path, tmp_path: Path, own: bool) 
     assert all(torch.equal(states[0]["state"][i]["exp_avg"], states[1]["state"][i]["exp_avg"]) for i in states[0]["state"])
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_what_was_drawn_before(models: Path, tmp_path: Path) -> None:
     """The first step is the same whatever torch's generator holds; TRL's own sampling is another."""
     texts = []
@@ -208,6 +212,7 @@ def test_the_example_runs_on_the_lab(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "ZPPO" in card and "2606.18216" in card
 
 
+@pytest.mark.slow
 def test_rewards_prompts_evaluation_and_adapters(models: Path, tmp_path: Path) -> None:
     """Conversations, TRL's own sampling, an evaluation, LoRA, a reward function that leaves some ungraded, and nobody's default."""
     seen: list[Any] = []
@@ -239,6 +244,7 @@ def test_rewards_prompts_evaluation_and_adapters(models: Path, tmp_path: Path) -
     assert any(value.abs().max() > 0 for name, value in held.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_the_teacher_may_be_on_a_server(models: Path, tmp_path: Path) -> None:
     server = Server(model="big")
     try:
@@ -249,6 +255,7 @@ def test_the_teacher_may_be_on_a_server(models: Path, tmp_path: Path) -> None:
         server.kill()
 
 
+@pytest.mark.slow
 def test_truncated_rows_can_be_left_out(models: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         models, tmp_path / "run", mask_truncated_completions=True, max_steps=2, max_completion_length=150, save_strategy="no"
@@ -319,6 +326,7 @@ def test_what_several_processes_cannot_do(monkeypatch: pytest.MonkeyPatch) -> No
         check_config(config)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_buffer_is_refused(models: Path, tmp_path: Path) -> None:
     trainer = make_trainer(models, tmp_path / "run", max_steps=2, save_steps=2)
     trainer.train()

@@ -60,6 +60,7 @@ def address(server: Any, folder: Path) -> list[str]:
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rollouts_are_those_of_vllm_in_the_process(serve: Serve, vllm: ModuleType, tiny_qwen3_dir: Path, tmp_path: Path) -> None:  # noqa: F811
     """One request and one seed a rollout, all limits under way together, no more at once than the server takes."""
     server, how = serve(tiny_qwen3_dir), Sampling(max_new_tokens=12, presence_penalty=0.3)
@@ -154,6 +155,7 @@ def test_what_a_server_says_of_itself_is_read_up_to_a_limit(monkeypatch: pytest.
 # --- what may go wrong ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_asked_again_and_gives_the_same(serve: Serve, tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     server = serve(tiny_qwen3_dir)
     engine = served(tiny_qwen3_dir, server, weights=tmp_path)
@@ -187,6 +189,7 @@ ODD: list[tuple[Callable[[Any], Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_odd_replies_are_named(serve: Serve, tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     server = serve(tiny_qwen3_dir)
     engine = served(tiny_qwen3_dir, server, weights=tmp_path)
@@ -249,6 +252,7 @@ def over_nccl(monkeypatch: pytest.MonkeyPatch, *servers: Any) -> ServedVLLM:
     return connect(urls, ProcessPlace(), lambda text: [text], port=1234, folder=None, rows=None, device=device)
 
 
+@pytest.mark.slow
 def test_weights_over_nccl_reach_all_servers_once(serve: Serve, tiny_qwen3_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     servers = [serve(tiny_qwen3_dir), serve(tiny_qwen3_dir)]
     driver = over_nccl(monkeypatch, *servers)
