@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Queue
@@ -148,8 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         raw = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
+        with suppress(ConnectionError):  # whoever asked has gone
+            self.end_headers()
+            self.wfile.write(raw)
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""
