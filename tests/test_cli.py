@@ -254,10 +254,10 @@ def test_a_run_is_planned_for_a_gpu_that_is_not_here(
 
 
 def test_a_gpu_to_plan_for_has_a_size(capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in ("x", "0", "-1", "nan", "inf", "24GiB"):
+    for wrong in ("x", "0", "-1", "nan", "inf", "24GiB", "24564"):
         with pytest.raises(SystemExit):
             cli.main(["train", str(MY_DATA), "--dry-run", f"--for-gpu={wrong}"])
-        assert f"{wrong!r} is no size in gigabytes, such as 24 or 80" in capsys.readouterr().err
+        assert f"{wrong!r} is no size of a GPU in gigabytes, such as 24 or 80" in capsys.readouterr().err
     assert "give it with --dry-run" in run(capsys, "train", str(MY_DATA), "--for-gpu=80")[2]
     assert "leave one of them out" in run(capsys, "train", str(MY_DATA), "--dry-run", "--for-gpu=80", "--train.device=cpu")[2]
 

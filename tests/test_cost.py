@@ -39,8 +39,8 @@ from zppo.planning.flops import (
     planned,
 )
 from zppo.planning.machine import Machine
-from zppo.planning.memory import prompt_tokens
 from zppo.planning.model_shapes import count_parameters, nominal_size, parse_size, size_of
+from zppo.planning.prompt_lengths import prompt_tokens
 from zppo.rollout.data import load_questions_of
 
 PAPER = [pytest.param(row, id=f"{row.method}-{row.scale}") for row in paper_costs()]

@@ -86,8 +86,8 @@ def test_images_add_the_tower_its_activations_and_their_tokens(tmp_path: Path) -
     recipe = settings(tmp_path, "--data.images.min_pixels=64", "--data.images.max_pixels=576")
     ref = make_picture(tmp_path, 1)
     plain, seen = (Question("a", (Message("user", "?" * 20),), "1", images) for images in ((), (ref, ref)))
-    assert within(recipe, [plain]).data.max_prompt_tokens == 105
-    assert within(recipe, [seen]).data.max_prompt_tokens == 105 + 2 * 9
+    assert within(recipe, [plain]).data.max_prompt_tokens == 69
+    assert within(recipe, [seen]).data.max_prompt_tokens == 69 + 2 * 9
 
     def found(images: int, *overrides: str, gpu: bool = True) -> Memory:
         limits = ["--data.images.max_pixels=65536", "--data.images.min_pixels=64"]

@@ -54,7 +54,8 @@ def test_a_student_of_the_hub_is_planned_by_its_config(hub: HubServer) -> None:
 
 def test_what_the_hub_does_not_have_is_said(hub: HubServer) -> None:
     done = zppo(hub.url, *ASKED, "--student.model=us/no-config")
-    assert done.returncode == 0 and "neither this machine nor the hub gives a config.json of us/no-config" in done.stdout
+    assert done.returncode == 0 and "there is no config.json of us/no-config on this machine" in done.stdout
+    assert "cannot be reached" not in done.stdout
     done = zppo(hub.url, *ASKED, "--student.model=us/never-was")
     assert done.returncode == 2 and "student.model: the hub has no model 'us/never-was' for you: check the name" in done.stderr
     assert "Traceback" not in done.stderr
@@ -63,4 +64,5 @@ def test_what_the_hub_does_not_have_is_said(hub: HubServer) -> None:
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub: HubServer) -> None:
     hub.close()
     done = zppo(hub.url, *ASKED, "--student.model=us/student")
-    assert done.returncode == 0 and "gives a config.json of us/student" in done.stdout and not done.stderr
+    assert done.returncode == 0 and "there is no config.json of us/student on this machine" in done.stdout and not done.stderr
+    assert f"{hub.url} cannot be reached" in done.stdout and "`hf download us/student config.json`" in done.stdout

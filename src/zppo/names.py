@@ -88,6 +88,10 @@ def load_part(kind: Any, name: str | Path, **more: Any) -> Any:
             the caller's to put into words.
     """
     check_checkpoint(name)
+    if not Path(name).exists():
+        from zppo.http_client import hub_trouble
+
+        hub_trouble()  # where it does not answer, what was downloaded before is taken at once
     from transformers import dynamic_module_utils
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # parts of parts are not told of the refusal; with 0 they do not ask either

@@ -70,9 +70,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _gigabytes(text: str) -> float:
     with suppress(ValueError):
-        if 0 < (number := float(text.upper().removesuffix("GB"))) < 1e6:
+        if 0 < (number := float(text.upper().removesuffix("GB"))) < 2000:  # more is a number of megabytes
             return number
-    raise argparse.ArgumentTypeError(f"{text!r} is no size in gigabytes, such as 24 or 80")
+    raise argparse.ArgumentTypeError(f"{text!r} is no size of a GPU in gigabytes, such as 24 or 80")
 
 
 def _settings_help() -> str:
@@ -127,8 +127,9 @@ def _train(options: argparse.Namespace) -> None:
         from zppo.distributed.launcher import check_shards, rank_of, read_launch
         from zppo.planning.dry_run import check_student_context, make_plan, memory_rows, render_plan
         from zppo.planning.machine import find_machine, gpu_of
-        from zppo.planning.memory import prompt_tokens, within
+        from zppo.planning.memory import within
         from zppo.planning.needed import check_files, fetch_configs, missing_rows
+        from zppo.planning.prompt_lengths import prompt_tokens
         from zppo.prompts.book import PromptBook
         from zppo.rollout.data import count_judged, load_questions_of
         from zppo.rollout.examples import example_turns
@@ -139,7 +140,7 @@ def _train(options: argparse.Namespace) -> None:
         launch = read_launch()
         check_shards(settings.train, launch, settings.method.resolve().loss)
         check_files(settings)
-        fetch_configs(settings)
+        unreached = fetch_configs(settings)
         sources: list[str] = []
         loaded = load_questions_of(settings, partial(warn, console), sources.append)
         train, held_out = loaded.mixture.questions, loaded.held_out
@@ -161,7 +162,7 @@ def _train(options: argparse.Namespace) -> None:
         machine = gpu_of(options.for_gpu) if options.for_gpu else find_machine(settings.train.device)
         counted = within(settings, asked, len(train), shown)
         memory = memory_rows(counted, machine, images=images, shortest=lengths.shortest, processes=launch.processes)
-        absent = missing_rows(settings, gpu=machine is not None and machine.gpu)
+        absent = [*unreached, *missing_rows(settings, gpu=machine is not None and machine.gpu)]
         console.print(render_plan(settings, plan, options.recipe, folder, memory, sources, absent, lengths))
         return
     _say_change(start(settings, name))

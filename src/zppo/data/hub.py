@@ -155,10 +155,13 @@ def hub_rows(rest: str, reading: SourceSettings, columns: Columns, more: Sequenc
     # Heavy, and most people bring files.
     import datasets
 
+    from zppo.http_client import hub_trouble
+
+    why = hub_trouble()
     try:
         loaded = datasets.load_dataset(name, reading.config, split=reading.split, revision=reading.revision, streaming=reading.streaming)
     except Exception as error:  # many kinds, by what is missing: see `_why`
-        raise DataError(f"hub:{name}: {_why(name, reading, error)}") from error
+        raise DataError(f"hub:{name}: {_why(name, reading, error, why)}") from error
     return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd(), more)
 
 
@@ -182,8 +185,12 @@ def parse_hub(rest: str, reading: SourceSettings) -> tuple[str, SourceSettings]:
     )
 
 
-def _why(name: str, reading: SourceSettings, error: BaseException) -> str:
-    """What went wrong and how to mend it. `datasets` drops the causes of its errors, so some are told apart by their words."""
+def _why(name: str, reading: SourceSettings, error: BaseException, unreached: str = "") -> str:
+    """What went wrong and how to mend it. `datasets` drops the causes of its errors, so some are told apart by their words.
+
+    Args:
+        unreached: why the hub was not asked.
+    """
     import datasets
 
     page, said = f"https://huggingface.co/datasets/{name}", shortened(error)
@@ -195,8 +202,8 @@ def _why(name: str, reading: SourceSettings, error: BaseException) -> str:
         return f"does not exist on the hub, or is private: check the name at {page}; for a private one run `hf auth login` ({said})"
     if isinstance(error, ConnectionError | TimeoutError):
         return (
-            f"the hub could not be reached, and no copy was made earlier ({said}): check the network and that HF_HUB_OFFLINE is not "
-            "set; or name a folder with a copy of the set"
+            f"the hub could not be reached, and no copy was made earlier ({unreached or said}): check the network and that "
+            "HF_HUB_OFFLINE is not set; or name a folder with a copy of the set"
         )
     if isinstance(error, ValueError) and "split" in said:
         return f"has no split {reading.split!r} ({said}); name another with {reading.split_setting}"

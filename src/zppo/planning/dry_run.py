@@ -18,8 +18,9 @@ from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError
 from zppo.planning.machine import Machine, find_machine
-from zppo.planning.memory import GIB, Memory, PromptLengths, cluster_rows, enough, estimate
+from zppo.planning.memory import GIB, Memory, cluster_rows, enough, estimate
 from zppo.planning.model_shapes import context_in
+from zppo.planning.prompt_lengths import PromptLengths
 from zppo.rollout.rewards import unique_names
 from zppo.teacher.compression import REDRAWS
 
@@ -81,7 +82,7 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
         rows.append(("teachers and judge in this process", gib(memory.others)))
     if memory.unknown:
         names = ", ".join(memory.unknown)
-        rows.append(("not counted", f"{names}: no config.json here or from the hub (or no dense decoder), nor in the table of Qwen3.5"))
+        rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
     if memory.vllm:
         awake = ", not during updates" if memory.sleeps else ""
         rows.append(("vLLM in this process", f"{gib(memory.vllm)} (rollout.vllm.gpu_memory_utilization{awake})"))
@@ -123,7 +124,7 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, data: 
     if memory.standing + memory.update > room:
         advice, memory = _lighter(settings, memory, machine, data)
         words.append(advice)
-    if memory.standing + memory.sampling > room:
+    if memory.standing < room < memory.standing + memory.sampling:
         words.append(_fewer_rows(memory, machine))
     return [("verdict", "; ".join(words))]
 
@@ -153,30 +154,35 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, data: _DataFa
         return lighter if fits and isinstance(lighter, Memory) else None
 
     halves = settings.train.tokens_per_microbatch == "auto" and machine.gpu
-    if halves and (smallest := fitting({"tokens_per_microbatch": memory.longest})):
+    if halves and (smallest := fitting({"train.tokens_per_microbatch": memory.longest})):
         says = "the update does not fit at once; train.tokens_per_microbatch=auto halves its micro-batches until they do"
         return says, smallest
-    for changes in _changes(settings, memory):
+    every = list(_changes(settings, memory, gpu=machine.gpu))
+    for changes in every:
         if lighter := fitting(changes):
-            keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
-            says = f"the update does not fit; it would with {keys} ({gib(lighter.standing + lighter.update)})"
-            if "lora" in changes:
+            says = f"the update does not fit; it would with {_options(changes)} ({gib(lighter.standing + lighter.update)})"
+            if "train.lora" in changes:
                 says += "; recipes/single-gpu-lora.yaml is a recipe like that, and has a larger train.learning_rate, which adapters want"
             return says + _elsewhere(settings, memory, machine), lighter
-    for changes in ({}, *_changes(settings, memory)) if memory.others else ():
+    for changes in ({}, *every) if memory.others else ():
         beside = _estimate(_with(settings, changes), machine, data)
         if isinstance(beside, Memory) and beside.standing + beside.update - beside.others <= machine.usable:
             return _without_others(settings, replace(beside, others=0), memory.others, machine, changes)
-    return (
-        "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
-        "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student",
-        memory,
-    )
+    least = _estimate(_with(settings, every[-1] if every else {}), machine, data)
+    standing = least.standing if isinstance(least, Memory) else memory.standing
+    what = "LoRA, weights in 4 bits" if "student.quantize" in (every[-1] if every else {}) or settings.student.quantize else "LoRA"
+    says = f"the update does not fit, even with {what}, gradient checkpointing and one row at a time: "
+    if standing > machine.usable:
+        others = " put the teacher on another machine (teacher.base_urls) or" if memory.others else ""
+        return f"{says}what stands all the while takes {gib(standing)};{others} take a smaller student or more memory", memory
+    mends = ["lower rollout.max_new_tokens or data.max_prompt_tokens"]
+    mends += ["put the teacher on another machine (teacher.base_urls)"] if memory.others else []
+    return f"{says}{', '.join(mends)}, or take a smaller student", memory
 
 
 def _without_others(settings: Settings, lighter: Memory, others: int, machine: Machine, changes: Mapping[str, Any]) -> tuple[str, Memory]:
     """What to say where the frozen models are what does not fit; `lighter` is without them."""
-    keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
+    keys = _options(changes)
     room = machine.usable - lighter.standing - lighter.update
     frozen = [model for model in (settings.teacher, *settings.more_teachers, settings.judge) if model is not None and not model.base_urls]
     names = ", ".join(dict.fromkeys(model.model for model in frozen))
@@ -184,7 +190,7 @@ def _without_others(settings: Settings, lighter: Memory, others: int, machine: M
         f"the update does not fit beside the {gib(others)} of {names}: put them on a server (base_urls), or take smaller ones, of "
         f"{gib(room)} at most{f', both with {keys}' if keys else ''}"
     )
-    return says + ("; recipes/single-gpu-lora.yaml is a recipe like that" if "lora" in changes else ""), lighter
+    return says + ("; recipes/single-gpu-lora.yaml is a recipe like that" if "train.lora" in changes else ""), lighter
 
 
 def _elsewhere(settings: Settings, memory: Memory, machine: Machine) -> str:
@@ -198,20 +204,30 @@ def _elsewhere(settings: Settings, memory: Memory, machine: Machine) -> str:
     )
 
 
-def _changes(settings: Settings, memory: Memory) -> Iterator[Mapping[str, Any]]:
-    """Settings of `train` that take less memory, those that cost least first."""
-    again: dict[str, Any] = {} if settings.train.gradient_checkpointing else {"gradient_checkpointing": True}
-    small: dict[str, Any] = {"tokens_per_microbatch": memory.longest} if memory.tokens > memory.longest else {}
+def _changes(settings: Settings, memory: Memory, *, gpu: bool) -> Iterator[Mapping[str, Any]]:
+    """Settings, by their dotted keys, that take less memory, those that cost least first."""
+    again: dict[str, Any] = {} if settings.train.gradient_checkpointing else {"train.gradient_checkpointing": True}
+    small: dict[str, Any] = {"train.tokens_per_microbatch": memory.longest} if memory.tokens > memory.longest else {}
+    lora: dict[str, Any] = {} if settings.train.lora else {"train.lora": LoraSettings()}
     steps: list[dict[str, Any]] = [small, again, {**small, **again}]
-    if settings.train.lora is None:
+    if lora:
         if settings.train.optimizer == "adamw":
-            steps.append({**small, **again, "optimizer": "adamw-8bit"})
-        steps.append({**small, **again, "lora": LoraSettings()})
+            steps.append({**small, **again, "train.optimizer": "adamw-8bit"})
+        steps.append({**small, **again, **lora})
+    if gpu and settings.student.quantize is None and settings.rollout.engine != "vllm":
+        steps.append({**small, **again, **lora, "student.quantize": "4bit"})
     yield from (step for step in steps if step)
 
 
 def _with(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    return settings.model_copy(update={"train": settings.train.model_copy(update=dict(changes))})
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        settings = settings.model_copy(update={section: getattr(settings, section).model_copy(update={key: value})})
+    return settings
+
+
+def _options(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name}={_shown(value)}" for name, value in changes.items())
 
 
 def _shown(value: Any) -> str:

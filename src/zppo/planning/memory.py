@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from zppo.config.cluster_settings import missing_for_tinker
@@ -26,7 +25,7 @@ from zppo.core.types import Message, Question
 from zppo.names import model_folder
 from zppo.planning.machine import Machine
 from zppo.planning.model_shapes import LINEAR, DecoderShape, VisionTowerShape, config_file, count_parameters, shape_of, vision_shape_of
-from zppo.prompts.book import CLOSING, PromptBook
+from zppo.planning.prompt_lengths import prompt_tokens
 
 GIB = 1024**3
 
@@ -44,10 +43,8 @@ _PROCESSES = (2, 4, 8, 16, 32, 64)
 _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
-_COUNTED = 2_000  # texts of the data that are counted, of its shortest and of its longest
-_TEMPLATE, _TURN = 48, 8  # tokens of what a chat template says by itself and around the question, about; and around each other turn
 FOUR_BITS = 0.516  # bytes a number in NF4: blocks of 64 share a scale, whose own are in 8 bits
-_WORDS = 300  # tokens of closing instruction and chat template, and of a reformulation's own words, about
+_WORDS = 300  # tokens of a reformulation's own words, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +141,10 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     """
     shape = shape_of(settings.student.model)
     if shape is None:
-        return (
-            f"not known: neither this machine nor the hub gives a config.json of {settings.student.model} (or it is no dense decoder), and "
-            "it is not in the table of Qwen3.5 students"
-        )
+        name = settings.student.model
+        if config_file(name) is not None:
+            return f"not known: the config.json of {name} is not that of a dense decoder"
+        return f"not known: there is no config.json of {name} on this machine, and it is not in the table of Qwen3.5 students"
     vision_shape = vision_shape_of(settings.student.model) if images else None
     others, unknown = _frozen(settings, gpu, images=bool(images))
     # Weights are fp32, but for those under LoRA adapters, which have the width of the forward pass.
@@ -272,59 +269,6 @@ def within(settings: Settings, questions: Iterable[Question], train: int | None 
     data = settings.data.model_copy(update={"max_prompt_tokens": limit})
     zone = settings.zone.model_copy(update={"rho_replay": replay})
     return settings.model_copy(update={"data": data, "rollout": rollout, "zone": zone})
-
-
-class PromptLengths(NamedTuple):
-    """Tokens of the plain prompts of the data, about; `counted`: by the student's tokenizer, else no more than a byte has."""
-
-    shortest: int
-    longest: int
-    mean: float
-    counted: bool
-
-    def told(self, most: int) -> str:
-        """In words, where no more than `most` are let in."""
-        how = "by the student's tokenizer" if self.counted else "by a token a byte: its tokenizer is not on this machine"
-        over = f"; longer ones than data.max_prompt_tokens = {most:,} are dropped" if self.counted and self.longest > most else ""
-        return f"the data's have {self.mean:,.0f} on average and {self.longest:,} at most, {how}{over}"
-
-
-def prompt_tokens(settings: Settings, questions: Iterable[Question], shown: Sequence[Message] = ()) -> PromptLengths:
-    """How long the plain prompts are, about: an image has the tokens of the largest, the chat template a few.
-
-    Counted with the student's tokenizer.json, where that is on this machine; without it a token has a byte at least, and the shortest is 0.
-    """
-    asked = list(questions)
-    vision_shape = vision_shape_of(settings.student.model) if any(q.images for q in asked) else None
-    each = vision_shape.tokens(settings.data.images.max_pixels) if vision_shape else 0
-    texts = sorted((("\n".join(m.content for m in q.messages), len(q.images)) for q in asked), key=lambda text: len(text[0].encode()))
-    turns = "\n".join(message.content for message in shown)
-    count = _token_counter(settings)
-    if count is None:
-        lengths = [len(text.encode()) + each * images + len(turns.encode()) + _WORDS for text, images in texts]
-        return PromptLengths(0, max(lengths, default=_WORDS), fmean(lengths) if lengths else 0.0, False)
-    around = count(turns) + count(PromptBook(settings.prompts, form=settings.answer_form).text(CLOSING, {}))
-    low = min((count(text) for text, _ in texts[:_COUNTED]), default=0)
-    high = max((count(text) + each * images for text, images in texts[-_COUNTED:]), default=0)
-    some = texts[:: len(texts) // _COUNTED + 1]  # short and long ones alike
-    mean = fmean(count(text) + each * images for text, images in some) if some else 0.0
-    template = _TEMPLATE + _TURN * len(shown)
-    return PromptLengths(low + around, high + around + template, mean + around + template, True)
-
-
-def _token_counter(settings: Settings) -> Callable[[str], int] | None:
-    """Counts tokens as the student's tokenizer does; None where its file is not on this machine, or cannot be read."""
-    config = config_file(settings.student.model)
-    file = config.with_name("tokenizer.json") if config else None
-    if file is None or not file.is_file():
-        return None
-    from tokenizers import Tokenizer  # only where there is a file to read
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception:  # it raises nothing else; what is wrong with the file is said when the student is loaded
-        return None
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def expected(

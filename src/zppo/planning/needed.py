@@ -54,7 +54,6 @@ def missing_rows(settings: Settings, *, gpu: bool) -> list[tuple[str, str]]:
     return [("not installed here", f"{', '.join(map(distribution, absent))}; {install_line(absent)}")] if absent else []
 
 
-_PATIENCE = 5.0  # seconds for the hub's first word
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # tags of transformers, which jinja does not know
 
 
@@ -96,10 +95,11 @@ def _models(settings: Settings) -> list[tuple[str, ModelSettings]]:
     return [("student", settings.student), *((name, model) for name, model in frozen if not model.base_urls)]
 
 
-def fetch_configs(settings: Settings) -> None:
+def fetch_configs(settings: Settings) -> list[tuple[str, str]]:
     """Bring config.json of the recipe's models from the hub into its cache, a few KB each: memory is estimated by it. No weights.
 
-    Nothing where the hub does not answer at once: a plan says itself what it does not know.
+    Returns:
+        (what, how to mend it) for the plan, where the hub does not answer at once.
 
     Raises:
         ModelError: the hub has no such model for this user.
@@ -107,19 +107,15 @@ def fetch_configs(settings: Settings) -> None:
     hubs = [(name, model.model) for name, model in _models(settings) if not _is_path(model.model)]
     absent = [(name, model) for name, model in hubs if config_file(model) is None and shape_of(model) is None]
     if not absent:
-        return
+        return []
     # They take a second, and most plans need none.
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-    from zppo.http_client import httpx
+    from zppo.http_client import hub_trouble
 
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        httpx.head(constants.ENDPOINT, timeout=_PATIENCE)  # the library would try for half a minute, a line for each try
-    except httpx.HTTPError:
-        return
+    if why := hub_trouble():
+        return [("hub", f"{why}; where it answers: {'; '.join(f'`hf download {model} config.json`' for _, model in absent)}")]
     for name, model in absent:
         try:
             hf_hub_download(model, "config.json")
@@ -130,6 +126,7 @@ def fetch_configs(settings: Settings) -> None:
             ) from error
         except (OSError, ValueError, EntryNotFoundError):  # no such file in it, a name that cannot be one, the network went away
             continue
+    return []
 
 
 def _check_chat_template(section: str, path: Path) -> None:

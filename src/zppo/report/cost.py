@@ -15,8 +15,8 @@ from zppo.config.settings import Settings
 from zppo.errors import ModelError, SettingsError
 from zppo.planning.flops import MOST, SCALES, UPDATES, Assumptions, Cost, as_run, counted, nearest_scale, paper_costs, planned
 from zppo.planning.machine import find_machine
-from zppo.planning.memory import prompt_tokens
 from zppo.planning.model_shapes import Size, size_of
+from zppo.planning.prompt_lengths import prompt_tokens
 from zppo.prompts.book import PromptBook
 from zppo.rollout.data import count_judged, load_questions_of
 from zppo.rollout.examples import example_turns

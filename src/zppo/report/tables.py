@@ -26,6 +26,8 @@ from zppo.report.charts import AUDITS, DYNAMICS, ZONE, kind_name
 from zppo.report.read_run import Run, differing
 from zppo.report.tells import LEAST_QUESTIONS
 
+_FEW = 5  # benchmarks below which a bootstrap over them has too little to draw from
+
 
 class Strong(str):
     """A text of a table that stands out where it is shown."""
@@ -445,7 +447,12 @@ def compare_evaluations(
     console.print(view)
     for each in comparisons:
         i = each.interval
-        line = f"{each.family}: A - B = {i.delta:+.2f} points, 95% interval {i.low:+.2f} to {i.high:+.2f}, A higher on {i.wins} of {i.n}"
+        line = f"{each.family}: A - B = {i.delta:+.2f} points, "
+        if i.n == 1:
+            line += "on one benchmark: no interval, which says how much benchmarks differ"
+        else:
+            line += f"95% interval {i.low:+.2f} to {i.high:+.2f}, A higher on {i.wins} of {i.n}"
+            line += ", which are too few for it: it comes out too narrow" if i.n < _FEW else ""
         console.print(Text(line), soft_wrap=True)
     console.print(Text(f"{resamples:,} resamples of the benchmarks with seed {seed}", style="dim"), soft_wrap=True)
     for note in notes:
