@@ -65,6 +65,9 @@ def _commit(source: HubDataset) -> str:
     """The commit that the hub has under the revision; "" where it cannot be asked."""
     import huggingface_hub
 
+    from zppo.http_client import hub_trouble
+
+    hub_trouble()  # where it does not answer, a copy of the set is loaded at once
     try:
         return str(huggingface_hub.HfApi().dataset_info(source.id, revision=source.revision).sha or "")
     except Exception:  # offline with a copy of the set: it loads all the same

@@ -101,14 +101,19 @@ class HubShelf:
 
     def __init__(self, repository: str, revision: str, scratch: Path) -> None:
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        from zppo.http_client import hub_trouble
 
         self.where, self._repository, self._scratch = f"hub:{repository}", repository, scratch
+        unreached = hub_trouble()
         try:
             info = HfApi().dataset_info(repository, revision=revision)
         except Exception as error:  # many kinds, by what is missing
             page = f"https://huggingface.co/datasets/{repository}"
+            why = unreached if isinstance(error, OfflineModeIsEnabled) else f"{type(error).__name__}: {one_line(error)}"
             raise DataError(
-                f"hub:{repository}, revision {revision!r}: cannot be had ({type(error).__name__}: {one_line(error)}); look at {page}, run "
+                f"hub:{repository}, revision {revision!r}: cannot be had ({why}); look at {page}, run "
                 "`hf auth login` where it wants one, or name a local copy"
             ) from error
         self.revision = str(info.sha or revision)

@@ -59,8 +59,11 @@ def _page(name: str) -> str:
 def _bring(benchmark: Benchmark, clips: ClipFiles, folder: Path, console: Console) -> None:
     """Plain files where they are in the set, archives one after another."""
     import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    source = benchmark.source
+    from zppo.http_client import hub_trouble
+
+    source, unreached = benchmark.source, hub_trouble()
     done = folder / _DONE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +94,9 @@ def _bring(benchmark: Benchmark, clips: ClipFiles, folder: Path, console: Consol
     except (DataError, StorageError):
         raise
     except Exception as error:  # a network, a log-in, terms that were not accepted, a set that is gone
+        why = unreached if isinstance(error, OfflineModeIsEnabled) else one_line(error)
         raise UnavailableError(
-            f"{benchmark.name}: {source.id} cannot be brought ({one_line(error)}); accept its terms at {_page(source.id)} if it has some, "
+            f"{benchmark.name}: {source.id} cannot be brought ({why}); accept its terms at {_page(source.id)} if it has some, "
             "run `hf auth login`, and check the network and the disk; the same command goes on"
         ) from error
     if not wanted:
