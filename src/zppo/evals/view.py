@@ -23,6 +23,7 @@ from zppo.evals.benchmark_rows import load_items
 from zppo.evals.item import Item
 from zppo.evals.options import EvalOptions
 from zppo.evals.results import SampleResult
+from zppo.runs.display import Whole
 
 _EVERY = 30.0  # seconds between lines in a file
 _MOST_PARTS = 12  # figures of one benchmark that are shown next to its own
@@ -96,7 +97,7 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     for name, family in state["families"].items():
         of = f"mean of {len(family['benchmarks'])} {name}"
         table.add_row(Text(of, style="bold"), *(points(family[name]) for name in ("value", "error", "by_box")))
-    console.print(table)
+    console.print(Whole(table))
     for each in state["benchmarks"]:
         if parts := each["beside"]:
             figures = ", ".join(f"{name[:60]} {points(value)}" for name, value in parts.items())
@@ -254,7 +255,7 @@ def print_estimates(console: Console, estimates: Sequence[Estimate], options: Ev
     whole = f"{sum(e.rows or 0 for e in estimates):,}"
     hours = f"{sum(e.hours for e in estimates):.1f}"
     table.add_row(Text("all", style="bold"), whole, f"{totals[0]:,}", *map(_millions, totals[1:]), hours)
-    console.print(table)
+    console.print(Whole(table))
     for note, names in notes.items():
         say(console, f"{', '.join(names)}: {note}", "yellow")
     say(

@@ -6,6 +6,7 @@ A world is fixed by looking at this table alone: whoever tuned it by what a meth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -127,11 +128,18 @@ def levels_command(world: str, samples: int = 64, *, markdown: bool = False) -> 
         raise SettingsError(f"--samples is {samples}: ask for at least one")
     if is_picture_world(world) or world.endswith((".yaml", ".yml")):
         raise SettingsError(f"levels are measured on a bundled world of text, not on {world!r}; build.json has those of a build")
+    console = Console()
+    with console.status(f"asking the models of {world} (a minute) ...") if console.is_terminal and not markdown else nullcontext():
+        measured = _measured(world, samples)
+    print_levels(measured, console, markdown=markdown)
+
+
+def _measured(world: str, samples: int) -> Levels:
     made = load_world(world)
     probes = {"student": probe_of(bundled_model(f"{world}/student"))}
     if (ASSETS / world / "teacher").is_dir():
         probes["teacher"] = probe_of(bundled_model(f"{world}/teacher"))
-    print_levels(measure_levels(made, probes, samples), Console(), markdown=markdown)
+    return measure_levels(made, probes, samples)
 
 
 def print_levels(levels: Levels, console: Console, *, markdown: bool = False) -> None:

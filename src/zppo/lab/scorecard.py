@@ -46,6 +46,12 @@ def _mean(levels: Sequence[str]) -> Callable[[Row], float | None]:
     return lambda row: _over(levels, row["after"])
 
 
+_JUDGED = (
+    f"holds: the whole interval is above zero; refuted: the whole of it is at or below zero, or {SMALL} where one method is compared with "
+    "another by accuracy; undecided: all else. mean: of both students; where a claim is about their difference, the difference."
+)
+
+
 class Measure(NamedTuple):
     """What a row says; None where it says nothing of it."""
 
@@ -347,5 +353,6 @@ def print_scorecard(path: Path, numbers: Sequence[str], console: Console, *, mar
     """
     print_tables(scorecard_tables(read_rows(path), numbers), console, markdown=markdown)
     if not markdown:
-        legend = [f"{name}: {measure.says}" for name, measure in MEASURES.items()]
-        console.print("\n".join(["", *legend]), highlight=False, markup=False, soft_wrap=True)
+        console.print()
+        for line in (_JUDGED, *(f"{name}: {measure.says}" for name, measure in list(MEASURES.items())[:-1])):  # the last is no column
+            console.print(line, highlight=False, markup=False)

@@ -14,6 +14,7 @@ from zppo.measure.answers import Answers
 from zppo.report.charts import BLUE, GREEN, ORANGE, ChartSpec, Series
 from zppo.report.page import page, sections
 from zppo.report.tables import Table, percent
+from zppo.runs.display import Whole
 
 MUCH, SOME = 0.5, 0.2  # of the questions: shares that are useful, or that are worth a word [zppo]
 FEW = 50  # questions on which shares are rough
@@ -256,7 +257,7 @@ def print_verdict(verdict: DataVerdict, console: Console) -> None:
     console.print(table)
     for each in tables(verdict):
         console.print()
-        console.print(_rich(each))
+        console.print(Whole(_rich(each)))
     console.print()
     for words in verdict.words:
         console.print(Text(words, style="bold" if words.startswith("Verdict") else ""), highlight=False)

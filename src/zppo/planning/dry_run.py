@@ -22,6 +22,7 @@ from zppo.planning.memory import GIB, Memory, cluster_rows, enough, estimate
 from zppo.planning.model_shapes import context_in
 from zppo.planning.prompt_lengths import PromptLengths
 from zppo.rollout.rewards import unique_names
+from zppo.runs.display import Whole
 from zppo.teacher.compression import REDRAWS
 
 _MUCH = 0.1  # of what is usable, for models that could be elsewhere
@@ -416,7 +417,7 @@ def render_plan(
         parts += [_table("sources of the training questions", named), ""]
     parts += [_table("one step, at most", _step_rows(settings, plan, prompts)), ""]
     if plan.lazy is not None and plan.literal is not None:
-        parts += [_teacher_table(settings, plan.lazy, plan.literal), ""]
+        parts += [Whole(_teacher_table(settings, plan.lazy, plan.literal)), ""]
     if memory:
         parts += [_table("memory, estimated for one process", list(memory)), ""]
     return Group(*parts, Text("Nothing was trained and no model was loaded: this was a dry run.", style="dim"))

@@ -20,6 +20,7 @@ from zppo.planning.prompt_lengths import prompt_tokens
 from zppo.prompts.book import PromptBook
 from zppo.rollout.data import count_judged, load_questions_of
 from zppo.rollout.examples import example_turns
+from zppo.runs.display import Whole
 from zppo.runs.log import METRICS, read_lines
 
 RECIPE, FINAL = "recipe.yaml", "final"
@@ -73,7 +74,7 @@ def cost_command(
         settings, cost = _of_recipe(target, overrides, assumed, questions)
         what, how = f"planned cost of {target}, {cost.steps:,} steps", "as planned"
     sizes, unknown = _sizes(settings, given or {}, target, judged=cost.saved.judge > 0)
-    console.print(_table(what, cost, sizes, how))
+    console.print(Whole(_table(what, cost, sizes, how)))
     console.print(
         "\nLiteral: Algorithm 1 to the letter, every prompt read for every rollout, log-probs and gradients of every row, the teacher "
         "asked about every hard question. Attention, padding and held-out evaluation are not counted.",
@@ -97,7 +98,7 @@ def paper_command(console: Console | None = None) -> None:
         shown = (_short(row.flops), _short(once), f"{row.flops / once:.2f}", _short(often), f"{row.flops / often:.2f}")
         table.add_row(row.method, row.scale, f"{row.hours:.0f}", *shown)
     console = console or Console()
-    console.print(table)
+    console.print(Whole(table))
     console.print(
         "\nCounted with every prompt and rollout at its limit of tokens, 2N forward, 6N forward and backward, ratio = paper / count. "
         f"'update x{UPDATES}' counts forward and backward once per optimizer step over the whole batch, which the method does not do. "

@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -33,22 +35,42 @@ def show(console: Console, text: str) -> None:
 
 
 def show_table(console: Console, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Text in columns that breaks no word: what does not fit side by side follows below, each block with the first column."""
-    cells = list(zip(columns, *lines, strict=True))
-    needed = [max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in cells]
-    whole = [max(map(cell_len, column)) for column in cells]
-    for block in _blocks(needed, console.width):
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for i, width in zip(block, _widths([needed[i] for i in block], [whole[i] for i in block], console.width), strict=True):
-            table.add_column(Text(columns[i]), width=width)
-        for line in lines:
-            table.add_row(*(Text(line[i]) for i in block))
-        console.print(table)
+    """Text in columns."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(Text(name))
+    for line in lines:
+        table.add_row(*map(Text, line))
+    console.print(Whole(table))
 
 
-def _widths(needed: Sequence[int], whole: Sequence[int], width: int) -> list[int]:
+class Whole:
+    """A table of texts in which no word and no number is cut: what does not fit side by side follows below, each block with the first
+    column."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        columns = self.table.columns
+        texts = [[str(cell) for cell in (column.header, *column.cells, column.footer)] for column in columns]
+        needed = [max(cell_len(word) for text in column for word in text.split() or [""]) for column in texts]
+        whole = [max(cell_len(line) for text in column for line in text.splitlines() or [""]) for column in texts]
+        between = 2 if self.table.box is None else 3
+        width = options.max_width - (0 if self.table.box is None else 1)
+        for block in _blocks(needed, width, between):
+            widths = _widths([needed[i] for i in block], [whole[i] for i in block], width, between)
+            part = copy(self.table)
+            part.columns = [
+                replace(columns[i], _index=place, width=wide, no_wrap=False, overflow="fold")
+                for place, (i, wide) in enumerate(zip(block, widths, strict=True))
+            ]
+            yield part
+
+
+def _widths(needed: Sequence[int], whole: Sequence[int], width: int, between: int) -> list[int]:
     """Of columns side by side: what their longest words need, and what is left shared out among those whose cells are longer."""
-    widths, spare = list(needed), width - sum(needed) - 2 * len(needed)
+    widths, spare = list(needed), width - sum(needed) - between * len(needed)
     modest_first = sorted(range(len(needed)), key=lambda i: whole[i] - needed[i])
     for sharers, i in zip(range(len(needed), 0, -1), modest_first, strict=True):
         more = max(0, min(whole[i] - needed[i], spare // sharers))
@@ -56,11 +78,11 @@ def _widths(needed: Sequence[int], whole: Sequence[int], width: int) -> list[int
     return widths
 
 
-def _blocks(needed: Sequence[int], width: int) -> list[list[int]]:
+def _blocks(needed: Sequence[int], width: int, between: int) -> list[list[int]]:
     """Columns that fit side by side without breaking a word; of a wider table several blocks, each with the first column."""
     blocks = [[0]]
     for i in range(1, len(needed)):
-        if len(blocks[-1]) > 1 and sum(needed[j] + 2 for j in [*blocks[-1], i]) > width:
+        if len(blocks[-1]) > 1 and sum(needed[j] + between for j in [*blocks[-1], i]) > width:
             blocks.append([0])
         blocks[-1].append(i)
     return blocks

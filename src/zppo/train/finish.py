@@ -25,7 +25,7 @@ from zppo.planning.dry_run import gib
 from zppo.planning.memory import Memory, expected, peak_of_process
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.rollout.student import StudentSampler
-from zppo.runs.display import Progress
+from zppo.runs.display import Progress, Whole
 from zppo.runs.files import FINAL, PARTIAL, sync, writing
 from zppo.runs.log import METRICS, read_lines
 from zppo.runs.model_card import run_card
@@ -114,7 +114,7 @@ def closing_table(
         table = Table("level", "before", "after")
         for row in _levels(before, after):
             table.add_row(*row)
-        console.print(table)
+        console.print(Whole(table))
         if note := _left_out(before, after):
             console.print(note.strip())
     if settings.method.resolve().replay:
@@ -127,7 +127,7 @@ def closing_table(
                 admitted, graduated = totals.admitted.get(name, 0), totals.graduated.get(name, 0)
                 share = f"{graduated / admitted:.0%}" if admitted else "-"
                 table.add_row(name, str(admitted), str(graduated), str(totals.evicted.get(name, 0)), share)
-        console.print(table)
+        console.print(Whole(table))
     missed = {name: count for name, count in totals.missed.items() if count}
     if missed:
         console.print("help that was missed: " + ", ".join(f"{n:,} {MISSED[name]}" for name, n in missed.items()))
