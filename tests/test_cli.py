@@ -188,6 +188,15 @@ def test_lists_break_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert {*recipe_names(), *(model.rpartition("/")[2] for model in models if not model.startswith("lab:"))} <= words
 
 
+@pytest.mark.parametrize("width", ["50", "80"])
+@pytest.mark.parametrize("command", [["cost", "lab"], ["cost", "--paper"], ["train", "lab", "--dry-run"]])
+def test_no_number_is_cut(command: list[str], width: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    numbers = {word for word in run(capsys, *command)[1].split() if re.fullmatch(r"[\d.,]+(e\d+|%)?", word)}
+    monkeypatch.setenv("COLUMNS", width)
+    assert len(numbers) > 20 and numbers <= set(run(capsys, *command)[1].split())
+
+
 def test_resume_takes_no_settings(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--train.steps=20"], ["--train.steps", "20"]):
         status, _, err = run(capsys, "resume", "runs/mine", *words)

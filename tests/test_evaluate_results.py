@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import os
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -386,11 +387,14 @@ def test_two_evaluations_are_compared_family_by_family(tmp_path: Path, capsys: p
     assert (llm.interval.delta, llm.interval.n) == (0.0, 1)
     text = shown(console)
     assert "left out, since not all have it: CEval" in text and "differ in judge: j and another" in text
+    assert "llm: A - B = +0.00 points, on one benchmark: no interval" in text
+    assert re.search(r"vlm: A - B = \+30.00 points, 95% interval .*, A higher on 2 of 2, which are too few for it", text)
     assert cli.main(["eval", "compare", str(one), str(other), "--resamples", "50", "--seed", "3"]) == 0
     assert "50 resamples of the benchmarks with seed 3" in capsys.readouterr().out
     out = tmp_path / "out.csv"
     assert cli.main(["bootstrap", str(one), str(other), "--minuend", "tuned", "--resamples", "50", "--csv", str(out)]) == 0
-    assert "vlm,tuned,plain,30.00" in out.read_text()
+    assert "vlm,tuned,plain,30.00," in out.read_text() and "llm,tuned,plain,0.00,,,0,1" in out.read_text()
+    assert re.search(r"llm +tuned +plain +\+0.00 +– +0 of 1", capsys.readouterr().out)
     assert cli.main(["bootstrap", str(one)]) == 2 and cli.main(["bootstrap", str(one), "table.csv"]) == 2
     same = [read_evaluation(path) for path in (one, one)]
     assert list(as_accuracies(same)[0]["-", "vlm"]) == [str(one)]

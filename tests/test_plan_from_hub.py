@@ -63,6 +63,9 @@ def test_what_the_hub_does_not_have_is_said(hub: HubServer) -> None:
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub: HubServer) -> None:
     hub.close()
+    done = zppo(hub.url, *ASKED, "--data.train=hub:us/questions")
+    assert done.returncode == 2 and f"no copy was made earlier ({hub.url} cannot be reached: " in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout
     done = zppo(hub.url, *ASKED, "--student.model=us/student")
     assert done.returncode == 0 and "there is no config.json of us/student on this machine" in done.stdout and not done.stderr
     assert f"{hub.url} cannot be reached" in done.stdout and "`hf download us/student config.json`" in done.stdout

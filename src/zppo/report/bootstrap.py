@@ -263,14 +263,14 @@ def bootstrap_table(table: Table, *, minuend: str | None = None, resamples: int 
 
 
 def write_comparisons(comparisons: Sequence[MethodDifference], path: str | Path) -> None:
-    """A CSV file with the columns of the paper's table (`data/paper_bootstrap.csv`), rounded to 0.01."""
+    """A CSV file with the columns of the paper's table (`data/paper_bootstrap.csv`), rounded to 0.01; of one benchmark without interval."""
     try:
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(OUT_COLUMNS)
             for c in comparisons:
                 i = c.interval
-                numbers = (f"{value:.2f}" for value in (i.delta, i.low, i.high))
+                numbers = (f"{i.delta:.2f}", *((f"{i.low:.2f}", f"{i.high:.2f}") if i.n > 1 else ("", "")))
                 writer.writerow((c.scale, c.family, c.minuend, c.subtrahend, *numbers, i.wins, i.n))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); name a file in a folder that exists") from error
@@ -305,7 +305,7 @@ def bootstrap_command(
         view.add_column(column, justify="right", no_wrap=True)
     for c in comparisons:
         i = c.interval
-        span = f"[{i.low:+.2f}, {i.high:+.2f}]".replace("[", r"\[")
+        span = f"[{i.low:+.2f}, {i.high:+.2f}]".replace("[", r"\[") if i.n > 1 else "–"
         view.add_row(c.scale, c.family, c.minuend, c.subtrahend, f"{i.delta:+.2f}", span, f"{i.wins} of {i.n}")
     console = console or Console()
     console.print(view)
