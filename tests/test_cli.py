@@ -188,6 +188,17 @@ def test_lists_break_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert {*recipe_names(), *(model.rpartition("/")[2] for model in models if not model.startswith("lab:"))} <= words
 
 
+def test_a_slip_is_told_what_it_resembles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no --dry-runn; the nearest one is --dry-run" in run(capsys, "train", "lab", "--dry-runn")[2]
+    assert "the nearest one that comes with zppo is lab;" in run(capsys, "train", "labb", "--dry-run")[2]
+    assert run(capsys, "train", "lab", "--dry-run", "--method=grop")[2].splitlines()[1].endswith("; the nearest one is grpo")
+
+
+@pytest.mark.parametrize("given", ["teacher.base_urls=", "teacher.base_urls=null", "data.filters=", "train.trackers=null"])
+def test_an_empty_list_may_be_left_empty(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "train", str(MY_DATA), "--dry-run", f"--{given}")[0] == 0
+
+
 @pytest.mark.parametrize("width", ["50", "80"])
 @pytest.mark.parametrize("command", [["cost", "lab"], ["cost", "--paper"], ["train", "lab", "--dry-run"]])
 def test_no_number_is_cut(command: list[str], width: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

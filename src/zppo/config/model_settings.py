@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -67,9 +68,17 @@ class RemoteSettings(BaseModel):
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values never change after parsing."""
+    """A part of a recipe: unknown keys are refused, values never change after parsing. A list that is empty may be left empty (null)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_lists(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        lists = {name for name, field in cls.model_fields.items() if field.default == ()}
+        return {name: () if value is None and name in lists else value for name, value in data.items()}
 
 
 class SamplingSettings(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import re
@@ -17,8 +18,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from zppo.config.bundled import find_recipe
-from zppo.config.help import find_key, known_keys, nearest_key, show
+from zppo.config.bundled import find_recipe, recipe_names
+from zppo.config.help import FLAGS, find_key, known_keys, nearest_key, show
 from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
@@ -94,6 +95,8 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             following = next(rest, None)
             if following is None or following.startswith("--"):
                 near = _nearest(name[2:])
+                if near.rpartition(" ")[2] in FLAGS:
+                    raise SettingsError(f"there is no {name}{near.replace('one is ', 'one is --')}")
                 raise SettingsError(f"{name} has no value; write {name}=VALUE{near}")
             text = following
         try:
@@ -204,8 +207,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = parse_yaml(readable(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.stem, recipe_names(), 1)
+        said = f"; the nearest one that comes with zppo is {near[0]}" if near else ""
         raise SettingsError(
-            f"there is no recipe {path} (working directory {Path.cwd()}); `zppo recipes` lists those that come with zppo, and "
+            f"there is no recipe {path} (working directory {Path.cwd()}){said}; `zppo recipes` lists those that come with zppo, and "
             "`zppo init NAME` copies one"
         ) from error
     except OSError as error:

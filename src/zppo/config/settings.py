@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,9 @@ class MethodSettings(Section):
     @model_validator(mode="after")
     def _possible(self) -> MethodSettings:
         if self.name not in METHODS:
-            raise ValueError(f"{self.name!r} is no method; known: {', '.join(METHODS)}")
+            near = difflib.get_close_matches(self.name, METHODS, 1)
+            said = f"; the nearest one is {near[0]}" if near else ""
+            raise ValueError(f"{self.name!r} is no method; known: {', '.join(METHODS)}{said}")
         for kind in self.reformulations or ():
             if kind not in REFORMULATIONS and ":" not in kind:
                 raise ValueError(

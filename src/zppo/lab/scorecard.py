@@ -300,6 +300,7 @@ def methods_of(numbers: Sequence[str]) -> list[str]:
 
 def run_scorecard(numbers: Sequence[str], seeds: str, rows: Path, *, jobs: int, console: Console) -> int:
     """Run what the claims need and has no row yet; how many runs failed. Raises SettingsError: no such claim or seeds."""
+    console.print("A run takes 20 s to three minutes of a core. Ctrl-C ends the study, and the same command goes on.", highlight=False)
     cells = list(grid([recipes_folder() / f"{RECIPE}.yaml"], methods_of(numbers), parse_seeds(seeds), STUDENTS))
     return run_study(cells, rows, jobs=jobs, work=Path("runs/scorecard"), extra=[f"--eval.every={EVERY}"], console=console)
 
