@@ -25,15 +25,15 @@ def hub_trouble() -> str:
 
     The hub's library would try every file for half a minute, with two lines in the terminal for every try.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     for rest in _RESTS:
         try:
-            httpx.head(constants.ENDPOINT, timeout=_PATIENCE)
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)  # its own client, with the user's proxies and certificates
             return ""
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except Exception as error:  # of as many kinds as it has had clients
             why = f"{constants.ENDPOINT} cannot be reached: {one_line(error)}"
             time.sleep(rest)
     constants.HF_HUB_OFFLINE = True
