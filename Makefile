@@ -112,6 +112,8 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	@echo "installing zppo and its test tools into $(VENV) (once; torch is large)"
 	@$(PIP) -e '.[dev]'
+	@# What tests import is compiled once, and not by each of their processes at the same time: they begin with all of it.
+	@$(BIN)/python -m pytest -q --collect-only >/dev/null 2>&1 || true
 	@touch $@ $(VENV)/.installed
 
 $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
