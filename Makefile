@@ -10,8 +10,8 @@ RECIPE ?= recipes/lab.yaml
 ARGS ?=
 PIP_ARGS ?=
 
-# Tests run in three processes more than there are cores, since many wait for servers; seven at most, each with one thread.
-JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 2, 4) + 3)")
+# Tests run in one process more than there are cores, since they wait a quarter of their time; five at most, each with one thread.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 2, 4) + 1)")
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal
 
 BIN := $(VENV)/bin
@@ -112,8 +112,6 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	@echo "installing zppo and its test tools into $(VENV) (once; torch is large)"
 	@$(PIP) -e '.[dev]'
-	@# What tests import is compiled once, and not by each of their processes at the same time: they begin with all of it.
-	@$(BIN)/python -m pytest -q --collect-only >/dev/null 2>&1 || true
 	@touch $@ $(VENV)/.installed
 
 $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt

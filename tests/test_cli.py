@@ -177,7 +177,7 @@ def test_methods_lists_the_table(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "advantages of luffy: reward - group mean." in out
 
 
-@pytest.mark.parametrize("width", ["40", "80", "120"])
+@pytest.mark.parametrize("width", ["40", "80", pytest.param("120", marks=pytest.mark.long)])
 def test_lists_break_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: str) -> None:
     monkeypatch.setenv("COLUMNS", width)
     words = set(run(capsys, "methods")[1].split())
@@ -199,7 +199,7 @@ def test_an_empty_list_may_be_left_empty(given: str, capsys: pytest.CaptureFixtu
     assert run(capsys, "train", str(MY_DATA), "--dry-run", f"--{given}")[0] == 0
 
 
-@pytest.mark.parametrize("width", ["50", "80"])
+@pytest.mark.parametrize("width", ["50", pytest.param("80", marks=pytest.mark.long)])
 @pytest.mark.parametrize("command", [["cost", "lab"], ["cost", "--paper"], ["train", "lab", "--dry-run"]])
 def test_no_number_is_cut(command: list[str], width: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")

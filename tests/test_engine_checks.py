@@ -158,7 +158,7 @@ def test_a_deaf_engine_is_found_after_one_update_however_small(model: PreTrained
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [1e-6, 0.0, *(pytest.param(by, marks=pytest.mark.long) for by in (1e-2, 1e-3, 1e-4, 1e-5, 1e-7))])
+@pytest.mark.parametrize("by", [1e-6, *(pytest.param(by, marks=pytest.mark.long) for by in (0.0, 1e-2, 1e-3, 1e-4, 1e-5, 1e-7))])
 def test_one_that_hears_passes_however_small_the_updates(model: PreTrainedModel, by: float) -> None:
     watching = guard(Hearing(model, noise=1e-6), model, tolerance=0.05)
     assert all(line["engine_gap_mean"] < 1e-5 for line in steps(watching, model, by, 4))
