@@ -6,10 +6,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
+from huggingface_hub import constants
 
 from hub_server import HubServer
+from ports import hold_port
 from test_push import TOKEN, zppo
+from zppo import http_client
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +63,22 @@ def test_what_the_hub_does_not_have_is_said(hub: HubServer) -> None:
     done = zppo(hub.url, *ASKED, "--student.model=us/never-was")
     assert done.returncode == 2 and "student.model: the hub has no model 'us/never-was' for you: check the name" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_hub_that_is_back_is_used_again(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that finds none at its start may push to it at its end."""
+    for library in (constants, datasets.config):
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(http_client, "_found", [])
+    monkeypatch.setattr(http_client, "_RESTS", (0.0,))
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hold_port()}")
+    assert "cannot be reached" in http_client.hub_trouble() and constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    assert "cannot be reached" in http_client.hub_trouble() and not hub.read  # asked a moment ago
+    monkeypatch.setattr(http_client, "_GOOD_FOR", 0.0)
+    assert http_client.hub_trouble() == "" and not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the user's own
+    assert http_client.hub_trouble() == "HF_HUB_OFFLINE is set" and constants.HF_HUB_OFFLINE
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub: HubServer) -> None:

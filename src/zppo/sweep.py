@@ -35,7 +35,6 @@ from zppo.report.bootstrap import mean_interval, paired_difference
 from zppo.report.compare import compare_command, results_of
 from zppo.report.read_run import Run, differing, flat_recipe, open_run
 from zppo.report.summary import duration
-from zppo.runs.display import Whole
 from zppo.runs.files import write_whole
 from zppo.runs.log import METRICS
 from zppo.runs.signals import Stop, catch_signals
@@ -339,7 +338,7 @@ def sweep_command(
     )
     done = {run.name: open_run(folder / run.name) for run in runs if state_of(run, folder) == "finished"}
     if done and cell is None:
-        console.print(Whole(outcome_table(runs, done)))
+        console.print(outcome_table(runs, done))
     if len(done) > 1 and cell is None:
         places = [folder / name for name in done]
         quiet = Console(quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -50,7 +51,11 @@ def add_train(commands: Subcommands) -> None:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what argparse reads, `--key=value` and `--key value` overrides), each in order."""
+    """(what argparse reads, `--key=value` and `--key value` overrides), each in order.
+
+    Raises:
+        SettingsError: one resembles a flag.
+    """
     ours: list[str] = []
     overrides: list[str] = []
     rest = iter(arguments)
@@ -58,6 +63,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if not token.startswith("--") or token.partition("=")[0] in _TRAIN_FLAGS:
             ours.append(token)
             continue
+        name = token.partition("=")[0]
+        if flag := difflib.get_close_matches(name, _TRAIN_FLAGS, 1, 0.8):
+            raise SettingsError(f"there is no {name}; the nearest one is {flag[0]}")
         overrides.append(token)
         if "=" not in token:
             value = next(rest, None)

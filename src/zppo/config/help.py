@@ -76,14 +76,8 @@ def find_key(name: str) -> Key | None:
     return known_keys().get(name) or item_keys().get(name)
 
 
-FLAGS = ("dry-run", "for-gpu", "no-code", "help")
-"""What begins with -- and is no setting."""
-
-
 def nearest_key(name: str) -> str:
-    """The known key (or flag) that most resembles a misspelt one: one of that very name elsewhere, else in the same section, else any."""
-    if flag := difflib.get_close_matches(name.lower(), FLAGS, 1, 0.75):
-        return flag[0]
+    """The known key that most resembles a misspelt one: one of that very name elsewhere, else in the same section, else anywhere."""
     above, _, last = name.lower().rpartition(".")
     number = re.match(r"data\.train\.\d+", name)
     known = [key.replace(ITEM, number[0]) for key in item_keys()] if number else list(known_keys())

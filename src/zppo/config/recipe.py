@@ -19,7 +19,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from zppo.config.bundled import find_recipe, recipe_names
-from zppo.config.help import FLAGS, find_key, known_keys, nearest_key, show
+from zppo.config.help import find_key, known_keys, nearest_key, show
 from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
@@ -95,8 +95,6 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             following = next(rest, None)
             if following is None or following.startswith("--"):
                 near = _nearest(name[2:])
-                if near.rpartition(" ")[2] in FLAGS:
-                    raise SettingsError(f"there is no {name}{near.replace('one is ', 'one is --')}")
                 raise SettingsError(f"{name} has no value; write {name}=VALUE{near}")
             text = following
         try:

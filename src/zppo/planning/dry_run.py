@@ -169,9 +169,10 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, data: _DataFa
         beside = _estimate(_with(settings, changes), machine, data)
         if isinstance(beside, Memory) and beside.standing + beside.update - beside.others <= machine.usable:
             return _without_others(settings, replace(beside, others=0), memory.others, machine, changes)
-    least = _estimate(_with(settings, every[-1] if every else {}), machine, data)
+    last = every[-1] if every else {}
+    least = _estimate(_with(settings, last), machine, data)
     standing = least.standing if isinstance(least, Memory) else memory.standing
-    what = "LoRA, weights in 4 bits" if "student.quantize" in (every[-1] if every else {}) or settings.student.quantize else "LoRA"
+    what = "LoRA, weights in 4 bits" if "student.quantize" in last or settings.student.quantize else "LoRA"
     says = f"the update does not fit, even with {what}, gradient checkpointing and one row at a time: "
     if standing > machine.usable:
         others = " put the teacher on another machine (teacher.base_urls) or" if memory.others else ""

@@ -12,6 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zppo.config.settings import Settings
 from zppo.core.types import Message, Question
+from zppo.names import readable
 from zppo.planning.model_shapes import config_file, vision_shape_of
 from zppo.prompts.book import CLOSING, PromptBook
 
@@ -54,11 +55,12 @@ def prompt_tokens(settings: Settings, questions: Iterable[Question], shown: Sequ
         return PromptLengths(0, max(lengths, default=_WORDS), fmean(lengths) if lengths else 0.0, False)
     around = count(turns) + count(PromptBook(settings.prompts, form=settings.answer_form).text(CLOSING, {}))
     low = min((count(text) for text, _ in texts[:_COUNTED]), default=0)
-    high = max((count(text) + each * images for text, images in texts[-_COUNTED:]), default=0)
+    longest = [(count(text), images) for text, images in texts[-_COUNTED:]]
+    high = max((tokens + each * images for tokens, images in longest), default=0)
     some = texts[:: len(texts) // _COUNTED + 1]  # short and long ones alike
     mean = fmean(count(text) + each * images for text, images in some) if some else 0.0
     template, known = _template_tokens(settings, shown, count)
-    over = sum(count(text) + around + known > settings.data.max_prompt_tokens for text, images in texts[-_COUNTED:] if not images)
+    over = sum(tokens + around + known > settings.data.max_prompt_tokens for tokens, images in longest if not images)
     joined = around + template + (count("\n\n") if around else 0)  # what a tokenizer may make one token is counted apart
     return PromptLengths(low + around + known, high + joined, mean + joined, True, over)
 
@@ -98,7 +100,7 @@ def _template(given: Path | None, folder: Path) -> str:
     own = given or folder / "chat_template.jinja"
     if own.is_file():
         return own.read_text(encoding="utf-8")
-    config: Mapping[str, Any] = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config: Mapping[str, Any] = json.loads(readable(folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if isinstance(config.get("chat_template"), str):
         return str(config["chat_template"])
     raise ValueError("no chat template, or several")

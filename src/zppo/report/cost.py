@@ -165,7 +165,7 @@ def _table(title: str, cost: Cost, sizes: Mapping[str, Size], saved_name: str) -
         ("saved", _less(sum(literal.values()), sum(saved.values()))),
     ]
     for index, (name, footer) in enumerate(columns):
-        table.add_column(name, footer=footer, justify="right" if index else "left", no_wrap=not index)
+        table.add_column(name, footer=footer, justify="right" if index else "left")
     for part, name in PART_NAMES.items():
         tokens = (_short(getattr(work, part)) for work in (cost.literal, cost.saved))
         if _WHO.get(part, "student") not in sizes and getattr(cost.literal, part):

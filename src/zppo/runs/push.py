@@ -41,7 +41,9 @@ def push_run(run: Path, repo: str, *, private: bool = True) -> str:
         PushError: the hub does not take it.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    from zppo.http_client import hub_trouble
 
     final = run / FINAL
     if not (run / RECIPE).is_file() or not (final / "config.json").is_file():
@@ -53,6 +55,7 @@ def push_run(run: Path, repo: str, *, private: bool = True) -> str:
     if not card.is_file() or _WRITTEN_TO_BE_PUSHED not in card.read_text(encoding="utf-8").split("\n---", 1)[0]:
         with writing(card):
             card.write_text(run_card(run.name, load_recipe(run / RECIPE), read_lines(run / METRICS), final), encoding="utf-8")
+    unreached = hub_trouble()
     try:
         api = HfApi(library_name="zppo", library_version=__version__)
         made = api.create_repo(repo, private=private, exist_ok=True)
@@ -64,9 +67,9 @@ def push_run(run: Path, repo: str, *, private: bool = True) -> str:
         mends = {401: _LOG_IN, 403: "take a token that may write there"}
         status = getattr(getattr(error, "response", None), "status_code", 0)
         mend = mends.get(status, "try again later") if get_token() else _LOG_IN
+        why = unreached if isinstance(error, OfflineModeIsEnabled) else one_line(error)
         raise PushError(
-            f"{final} could not be pushed to {repo!r}: {one_line(error)}. It is whole where it lies; {mend}: "
-            f"`zppo push {run} --repo {repo}`"
+            f"{final} could not be pushed to {repo!r}: {why}. It is whole where it lies; {mend}: `zppo push {run} --repo {repo}`"
         ) from error
 
 
